@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -34,6 +35,46 @@ def of_weights(layer: torch.nn.Module, rotary: Any) -> Callable[..., Tensor]:
         return call if isinstance(call, Tensor) else call[0]
 
     return forward
+
+
+def of_any_rows(
+    function: Callable[..., Tensor], *passes: Callable[[torch.fx.Graph], None]
+) -> tuple[Callable[..., Tensor], list[torch.fx.GraphModule]]:
+    """Return a function compiled for any number of rows, and the graphs that passes have changed.
+
+    Args:
+        function: of tensors with a row each first, and of weights, which have no axis as long.
+        passes: what changes the graph that torch.compile's passes see.
+    """
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            # Not while torch compiles: then tensors have no numbers, which passes compare.
+            if module not in graphs:
+                graphs.append(module)
+                for each in passes:
+                    each(module.graph)
+                module.graph.lint()
+                module.recompile()
+            return module(*args)
+
+        return run
+
+    # Not what it has kept of other functions.
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table())
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+
+    def call(x: Tensor, *args: Tensor) -> Tensor:
+        for each in (x, *args):
+            if each.dim() > 0 and len(each) == len(x):
+                torch._dynamo.mark_dynamic(each, 0)
+        with torch.no_grad():
+            out: Tensor = compiled(x, *args)
+        return out
+
+    return call, graphs
 
 
 @contextmanager

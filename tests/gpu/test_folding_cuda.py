@@ -1,9 +1,10 @@
-"""Gates and residuals in the launches of a single row on a GPU, against torch."""
+"""Gates, residuals and norms in the launches of a row or a few on a GPU, against torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,7 +17,11 @@ from star_attention.linear.triton_experts import ACTIVATIONS
 from tests.needles import make
 from tests.row_norms import PARTS, check, norms_of
 
+few_folded = pytest.importorskip("star_attention.linear.triton_few_folded")
 triton_folded = pytest.importorskip("star_attention.linear.triton_folded")
+if TYPE_CHECKING:
+    from star_attention.linear.triton_norm import RowNorms
+
 triton_norm = pytest.importorskip("star_attention.linear.triton_norm")
 
 pytestmark = pytest.mark.gpu
@@ -92,14 +97,87 @@ def test_residuals(dtype: torch.dtype, kind: str, shape: tuple[int, int]) -> Non
     close(out, linear(x.double(), values) + residual.double())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [48, 1000, 2560, 4096, 16384])
-@pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_rows_and_what_follows(
-    dtype: torch.dtype, size: int, parts: tuple[bool, bool, bool]
+FEW = [2, 8, 32, 64]
+"""Numbers of rows for which there are kernels, also for weights in fp8."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+@pytest.mark.parametrize("shape", [(4096, 14336), (4096, 3000), (2560, 500), (1000, 37)])
+@pytest.mark.parametrize("rows", FEW)
+def test_gates_of_a_few_rows(
+    dtype: torch.dtype, kind: str, shape: tuple[int, int], rows: int
+) -> None:
+    """In one launch, or with the sum of splits (the small matrices)."""
+    torch.manual_seed(0)
+    K, N = shape
+    x = torch.randn(rows, 1, K, device="cuda").to(dtype)
+    made = [weight_of(N, K, kind, dtype) for _ in range(2)]
+    biases = [torch.randn(N, device="cuda").to(dtype) for _ in range(2)]
+    out = graphed(
+        triton_folded.folded_linears,
+        x, [each[0] for each in made], biases, [0, N, 0] * 2, [each[1] for each in made],
+        None, "silu",
+    )  # fmt: skip
+    gate, up = (
+        linear(x.double(), values, bias.double())
+        for (_, _, values), bias in zip(made, biases, strict=True)
+    )
+    close(out, ACTIVATIONS["silu"](gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+@pytest.mark.parametrize("shape", [(4096, 14336), (4096, 4096), (37, 1000), (20000, 500)])
+@pytest.mark.parametrize("rows", FEW)
+def test_residuals_of_a_few_rows(
+    dtype: torch.dtype, kind: str, shape: tuple[int, int], rows: int
 ) -> None:
     torch.manual_seed(0)
-    row = torch.randn(1, 1, size, device="cuda").to(dtype) * 3
+    N, K = shape
+    weight, scale, values = weight_of(N, K, kind, dtype)
+    x = torch.randn(rows, 1, K, device="cuda").to(dtype)
+    residual = torch.randn(rows, 1, N, device="cuda").to(dtype)
+    out = graphed(
+        triton_folded.folded_linears,
+        x, [weight], [None], [0, N, 0], [scale], residual, "",
+    )  # fmt: skip
+    close(out, linear(x.double(), values) + residual.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+@pytest.mark.parametrize("shape", [(4096, 14336), (4096, 4096), (38, 1000)])
+@pytest.mark.parametrize("rows", [1, *FEW])
+def test_norms_of_products(
+    dtype: torch.dtype, kind: str, shape: tuple[int, int], rows: int
+) -> None:
+    """As parts of the launch that sums the splits of a few rows."""
+    torch.manual_seed(0)
+    N, K = shape
+    weight, scale, values = weight_of(N, K, kind, dtype)
+    x = torch.randn(rows, 1, K, device="cuda").to(dtype)
+    right = linear(x.double(), values)
+    for parts in ((False, True, True), (True, True, False)):
+        norms = norms_of(right.to(dtype), parts, seed=1)
+
+        def added(norms: RowNorms = norms) -> Tensor:
+            results = few_folded.normed_linear(x, weight, None, [0, N, 0], scale, *norms)
+            return torch.stack(results)
+
+        # Whole products of a single row are rounded before the norm.
+        eps = 2 * torch.finfo(dtype).eps
+        check(list(graphed(added)), right.to(dtype), norms, eps=eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "size"), [(1, 48), (1, 1000), (3, 2560), (32, 4096), (2, 16384)])
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_rows_and_what_follows(
+    dtype: torch.dtype, rows: int, size: int, parts: tuple[bool, bool, bool]
+) -> None:
+    torch.manual_seed(0)
+    row = torch.randn(rows, 1, size, device="cuda").to(dtype) * 3
     norms = norms_of(row, parts, seed=1)
     norms.after(row)
     graph = torch.cuda.CUDAGraph()

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
 STEPS_IN_A_PROCESS = """
+import sys
 import torch
 from star_attention.hf.execution import compiled
 from star_attention.hf.execution.handle import ModelHandle
@@ -21,7 +22,7 @@ from tests.engines import engine, ids
 stock = ModelHandle.logits
 
 def logits(self, ids_BS, *args, compiled_for=None, **kwargs):
-    mode = compiled.STEP if ids_BS.shape[1] == 1 else None
+    mode = sys.argv[1] if ids_BS.shape[1] == 1 else None
     return stock(self, ids_BS, *args, compiled_for=mode, **kwargs)
 
 ModelHandle.logits = logits
@@ -33,13 +34,14 @@ print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
 
 
 @pytest.mark.slow
-def test_compiled_steps_of_another_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["step", "rows"])
+def test_compiled_steps_of_another_process(mode: str, tmp_path: Path) -> None:
     """Code from a cache on disk runs without the passes that made it, and so what they import."""
     environment = INTERPRETED | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     hits = [
         int(
             subprocess.run(
-                [sys.executable, "-c", STEPS_IN_A_PROCESS],
+                [sys.executable, "-c", STEPS_IN_A_PROCESS, mode],
                 env=environment, check=True, capture_output=True, text=True,
             ).stdout
         )
@@ -59,12 +61,11 @@ def test_layers_know_the_operations_of_their_passes() -> None:
         "compiled.triton_works = lambda device: True\n"
         "compiled.CompiledLayers(ModelHandle(build('llama')))\n"
         "operations = torch.ops.star_attention\n"
-        "print(operations.folded_linears, operations.row_norms, operations.sum_product_norms)"
+        "names = 'folded_linears', 'row_norms', 'normed_linear', 'sum_product_norms'\n"
+        "print(*(getattr(operations, name) for name in names))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], env=INTERPRETED, capture_output=True, text=True
     )
-    names = [
-        f"star_attention.{name}" for name in ("folded_linears", "row_norms", "sum_product_norms")
-    ]
-    assert found.stdout.split() == names, found.stderr
+    names = ["folded_linears", "row_norms", "normed_linear", "sum_product_norms"]
+    assert found.stdout.split() == [f"star_attention.{name}" for name in names], found.stderr

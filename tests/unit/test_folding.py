@@ -318,12 +318,14 @@ def _residual_and_gate(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
 
 
 def test_passes_of_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one token are folded; rows, whose number varies, are not."""
+    """Steps of one token and of several rows are folded; forwards of many tokens are not."""
     monkeypatch.setattr(compiled, "triton_works", lambda device: True)
     layers = compiled.CompiledLayers(ModelHandle(build("llama")))
     for mode, launches in (
         (compiled.STEP, [ADDED, (2, False, "silu")]),
-        (compiled.ROWS, [PLAIN, (2, False, "")]),
+        (compiled.ROWS, [ADDED, (2, False, "silu")]),
+        (compiled.FULL, [PLAIN, PLAIN, PLAIN]),
+        (compiled.QUERY, [PLAIN, PLAIN, PLAIN]),
     ):
         module = traced(
             _residual_and_gate, torch.randn(1, 1, 48), *torch.randn(3, 48, 48), fuse=False

@@ -25,9 +25,9 @@ from star_attention.linear import folding, norm_folding, triton_norm, triton_row
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_row_and_what_follows(dtype: torch.dtype, parts: tuple[bool, bool, bool]) -> None:
-    for seed, size in enumerate((2, 48, 1000, 4100)):
-        row = torch.randn(1, 1, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def test_rows_and_what_follows(dtype: torch.dtype, parts: tuple[bool, bool, bool]) -> None:
+    for seed, (rows, size) in enumerate(((1, 2), (7, 48), (1, 1000), (3, 1002), (2, 4100))):
+        row = torch.randn(rows, 1, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
         norms = norms_of(row, parts, seed)
         check(norms.after(row), row, norms)
 
@@ -78,6 +78,7 @@ def launch_of(node: torch.fx.Node) -> str:
         return name
     starts = {
         "row_norms": (1, ""),
+        "normed_linear": (5, "1"),
         "sum_norms": (3, "sum"),
         "sum_product_norms": (7, "1 sum"),
     }
@@ -235,11 +236,15 @@ def test_norms_that_are_viewed() -> None:
 
 
 def test_passes_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one token are folded; rows, whose number varies, are not."""
+    """Steps of one token and of several rows have norms of ours; those of rows are joined."""
     monkeypatch.setattr(compiled, "triton_works", lambda device: True)
     layers = compiled.CompiledLayers(ModelHandle(build("llama")))
     args = torch.randn(1, 1, 48), torch.rand(48), torch.randn(48, 48)
-    for mode, norms in ((compiled.STEP, ["norm"]), (compiled.ROWS, [])):
+    for mode, norms in (
+        (compiled.STEP, ["norm"]),
+        (compiled.ROWS, ["1 + norm"]),
+        (compiled.FULL, []),
+    ):
         module = traced(_used_norm, *args, fuse=False)
         layers._options[mode][compiled._PASSES](module.graph)
         launches = [launch_of(node) for node in module.graph.nodes]

@@ -207,9 +207,8 @@ def test_a_compiled_step_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> No
     for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
         assert isinstance(module, Fp8Linear)
         module.has_kernels = True
-    fast = torch.compile(
-        layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
-    )
+    passes = compiled._Passes("fuse linears", compiled._fuse_linears)
+    fast = torch.compile(layer, fullgraph=True, options={compiled._PASSES: passes})
     with torch.no_grad(), fresh_code():
         torch.testing.assert_close(fast(x), expected, atol=1e-4, rtol=1e-4)
     assert launches == [2, 1]

@@ -1,4 +1,4 @@
-"""Find the work around a single row's products in a layer's graph, and have our kernels do it.
+"""Find the work around products of rows in a layer's graph, and have our kernels do it.
 
 Two kinds: an activation that gates one of two products, and the sum with a residual. Activations
 are recognized by what they compute, not by how a model or torch writes them: candidates are run on
@@ -31,14 +31,14 @@ _FAR = (1e2, 1e4, 1e30)
 
 
 def fold(graph: Graph) -> None:
-    """Fold what surrounds the products of a single row into their launches.
+    """Fold what surrounds the products of rows into their launches.
 
     Args:
-        graph: of a layer for one token, after `triton_row.fuse_linears`.
+        graph: of a layer for one token, or one of each row, after `triton_row.fuse_linears`.
     """
     for node in graph.find_nodes(op="call_function", target=_LINEARS):
         x, weights, *_ = cast(Any, node.args)
-        if not is_single_row(x):
+        if not are_rows(x):
             continue
         if len(weights) == 1:
             _fold_residual(graph, node)
@@ -51,6 +51,15 @@ def is_single_row(x: Any) -> bool:
     if value is None or not all(isinstance(size, int) for size in value.shape):
         return False
     return value.dim() > 1 and value.numel() == value.shape[-1]
+
+
+def are_rows(x: Any) -> bool:
+    """True for a single row, or for one of each of a number that varies: `[..., K]`."""
+    value = value_of(x)
+    if value is None or value.dim() < 2 or not isinstance(value.shape[-1], int):
+        return False
+    numbers = [size for size in value.shape[:-1] if not isinstance(size, int) or size != 1]
+    return len(numbers) <= 1 and not any(isinstance(number, int) for number in numbers)
 
 
 def value_of(node: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Find the norms of a single row in a layer's graph, and the sums around them, for our kernels.
+"""Find the norms of rows in a layer's graph, and the sums around them, for our kernels.
 
 Norms are recognized by what they compute, as `folding` recognizes activations. A norm becomes a
 launch of its own together with what is before it: a sum with the residual, of a product or of all
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from star_attention.linear import folding, triton_norm
+# Operations are imported with `triton_few_folded`.
+from star_attention.linear import folding, triton_few_folded, triton_norm  # noqa: F401
 
 _aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 _ROW_NORMS = torch.ops.star_attention.row_norms.default
+_FOLDED = torch.ops.star_attention.folded_linears.default
+_NORMED = torch.ops.star_attention.normed_linear.default
 _OURS = "star_attention"
 _VIEWS = (_aten.reshape.default, _aten.view.default)
 _LINEARS = torch.ops.star_attention.linears.default
@@ -57,10 +60,11 @@ class _Added:
 
 
 def fold(graph: Graph, sums: _Sums = None) -> None:
-    """Compute norms of a single row, and the sums before them, by kernels of their own.
+    """Compute norms of rows, and the sums before them, by kernels of their own.
 
     Args:
-        graph: of a layer for one token, after `folding.fold` and `shared_experts.mix`.
+        graph: of a layer for one token, or one of each row, after `folding.fold` and
+            `shared_experts.mix`.
         sums: the operation that sums a row over ranks, that with what follows, and that with the
             product before it, too.
     """
@@ -77,11 +81,54 @@ def fold(graph: Graph, sums: _Sums = None) -> None:
     graph.eliminate_dead_code()
 
 
+def join_products(graph: Graph) -> None:
+    """Compute norms of a few rows together with the product before them, whose splits are summed.
+
+    Args:
+        graph: of a layer for one token of each row, after `fold`.
+    """
+    for node in graph.find_nodes(op="call_function", target=_ROW_NORMS):
+        x, post, _, residual, *_ = cast(Any, node.args)
+        if x.target == _FOLDED and x.args[5] is not None and post is None and residual is None:
+            _join_folded(graph, x, node)
+        elif x.target == operator.getitem and len(x.users) == 1 and x.args[0].target == _LINEARS:
+            _join_linear(graph, x, node)
+
+
+def _join_folded(graph: Graph, product: Node, norms: Node) -> None:
+    """Join the norm of a sum with a residual; others need the sum, too."""
+    x, weights, biases, parts, scales, residual, _ = cast(Any, product.args)
+    rest = None, 1.0, residual, *norms.args[4:]
+    with graph.inserting_before(product):
+        made = graph.call_function(_NORMED, (x, weights[0], biases[0], parts, scales[0], *rest))
+        added = graph.call_function(operator.getitem, (made, 0))
+    made.meta["val"] = [product.meta["val"], *norms.meta["val"]]
+    added.meta = dict(product.meta)
+    product.replace_all_uses_with(added)
+    for taken in list(norms.users):
+        taken.args = made, 1
+    folding.erase(graph, [product, norms])
+
+
+def _join_linear(graph: Graph, x: Node, norms: Node) -> None:
+    """Join what follows a product that nothing else needs."""
+    rows, weights, biases, parts, scales = cast(Any, cast(Node, x.args[0]).args)
+    if len(weights) != 1:
+        return
+    with graph.inserting_before(norms):
+        made = graph.call_function(
+            _NORMED, (rows, weights[0], biases[0], parts, scales[0], *norms.args[1:])
+        )
+    made.meta = dict(norms.meta)
+    norms.replace_all_uses_with(made)
+    folding.erase(graph, [norms, x, cast(Node, x.args[0])])
+
+
 def _find(graph: Graph) -> dict[Node, _Norm]:
-    """Return the norms of single rows, by the node of their result."""
+    """Return the norms of rows, by the node of their result."""
     found: dict[Node, _Norm] = {}
     for node in graph.nodes:
-        if node.target in (_aten.mul.Tensor, _convert) and folding.is_single_row(node):
+        if node.target in (_aten.mul.Tensor, _convert) and folding.are_rows(node):
             norm = _norm_of(node)
             if norm is not None:
                 found[node] = norm
@@ -162,7 +209,7 @@ def _is_sum(node: Node, residual: Node | None, sums: _Sums) -> bool:
 
 def _added_of(node: Node, norms: dict[Node, _Norm], sums: _Sums) -> _Added | None:
     """Return what a node adds to a residual, if it is such a sum."""
-    if node.target != _aten.add.Tensor or node.kwargs or not folding.is_single_row(node):
+    if node.target != _aten.add.Tensor or node.kwargs or not folding.are_rows(node):
         return None
     if len(node.args) != 2 or not all(isinstance(each, Node) for each in node.args):
         return None

@@ -32,18 +32,44 @@ _STAGES = 4
 _LEAST_K = 512
 """Columns of a split, at least."""
 _PROGRAMS = 2
-"""Programs for each multiprocessor that the splits aim at."""
+"""Programs for each multiprocessor that the splits aim at, at most."""
 _SUM_BLOCK = 1024
 
 
 @triton.jit
+def dots(
+    w_ptrs, x_ptr, x_stride, m, M, first, stop,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    SCALE: tl.constexpr,
+):  # fmt: skip
+    """Return the products of rows of a matrix, at `w_ptrs`, with rows `m` of `x`: `[N, M]`."""
+    x_ptrs = x_ptr + m[None, :] * x_stride
+    acc_NM = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for start in range(first, stop, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if EVEN:
+            w_NK = tl.load(w_ptrs + k[None, :])
+            x_KM = tl.load(x_ptrs + k[:, None], mask=(m < M)[None, :], other=0.0)
+        else:
+            w_NK = tl.load(w_ptrs + k[None, :], mask=(k < stop)[None, :], other=0.0)
+            inside = (m < M)[None, :] & (k < stop)[:, None]
+            x_KM = tl.load(x_ptrs + k[:, None], mask=inside, other=0.0)
+        # The matrix is the first operand, which tensor cores take from registers, too.
+        if SCALE:
+            w_NK = w_NK.to(tl.float32).to(x_KM.dtype)
+        acc_NM = tl.dot(w_NK, x_KM, acc_NM)
+    return acc_NM
+
+
+@triton.jit
 def _products(
-    x_ptr, parts_ptr, M, K, x_stride, split_K,
+    x_ptr, parts_ptr, add_ptr, M, K, x_stride, split_K,
     w0_ptr, bias0_ptr, scale0_ptr, out0_ptr, N0, stride0,
     w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, stride1,
     w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, stride2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(2)
     w_ptr, bias_ptr, scale_ptr, out_ptr = w0_ptr, bias0_ptr, scale0_ptr, out0_ptr
@@ -62,22 +88,10 @@ def _products(
     first, stop = split * split_K, tl.minimum((split + 1) * split_K, K)
     # Rows beyond the last one are the last one again.
     w_ptrs = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride
-    x_ptrs = x_ptr + m[None, :] * x_stride
-    acc_NM = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     triton_pdl.begin(PDL)
-    for start in range(first, stop, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        if EVEN:
-            w_NK = tl.load(w_ptrs + k[None, :])
-            x_KM = tl.load(x_ptrs + k[:, None], mask=(m < M)[None, :], other=0.0)
-        else:
-            w_NK = tl.load(w_ptrs + k[None, :], mask=(k < stop)[None, :], other=0.0)
-            inside = (m < M)[None, :] & (k < stop)[:, None]
-            x_KM = tl.load(x_ptrs + k[:, None], mask=inside, other=0.0)
-        # The matrix is the first operand, which tensor cores take from registers, too.
-        if SCALE:
-            w_NK = w_NK.to(tl.float32).to(x_KM.dtype)
-        acc_NM = tl.dot(w_NK, x_KM, acc_NM)
+    acc_NM = dots(
+        w_ptrs, x_ptr, x_stride, m, M, first, stop, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, SCALE
+    )
     inside = (n[:, None] < N) & (m[None, :] < M)
     if SPLIT:
         # Every split has a sum of each row and column of all matrices.
@@ -85,17 +99,20 @@ def _products(
         place = (split * M + m[None, :]) * columns + first_column + n[:, None]
         tl.store(parts_ptr + place, acc_NM, mask=inside)
     else:
+        place = m[None, :] * N + n[:, None]
         if SCALE:
             acc_NM *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
         if BIAS:
             acc_NM += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + m[None, :] * N + n[:, None], acc_NM, mask=inside)
+        if ADD:
+            acc_NM += tl.load(add_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + place, acc_NM, mask=inside)
 
 
 @triton.jit
 def _store(
-    total, at, first_column, columns, bias_ptr, scale_ptr, out_ptr, N, SIZE,
-    BIAS: tl.constexpr, SCALE: tl.constexpr,
+    total, at, first_column, columns, bias_ptr, scale_ptr, out_ptr, N, SIZE, add_ptr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Store those of the sums that belong to one matrix."""
     n = at % columns - first_column
@@ -104,17 +121,20 @@ def _store(
         total *= tl.load(scale_ptr + n, mask=mask, other=0.0)
     if BIAS:
         total += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at // columns * N + n, total, mask=mask)
+    place = at // columns * N + n
+    if ADD:
+        total += tl.load(add_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, total, mask=mask)
 
 
 @triton.jit
 def _sum(
-    parts_ptr, M,
+    parts_ptr, add_ptr, M,
     bias0_ptr, scale0_ptr, out0_ptr, N0,
     bias1_ptr, scale1_ptr, out1_ptr, N1,
     bias2_ptr, scale2_ptr, out2_ptr, N2,
     S: tl.constexpr, BLOCK: tl.constexpr, MATRICES: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = N0 + N1 + N2
@@ -123,11 +143,20 @@ def _sum(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for split in tl.static_range(S):
         total += tl.load(parts_ptr + split * SIZE + at, mask=at < SIZE, other=0.0)
-    _store(total, at, 0, columns, bias0_ptr, scale0_ptr, out0_ptr, N0, SIZE, BIAS, SCALE)
+    _store(
+        total, at, 0, columns, bias0_ptr, scale0_ptr, out0_ptr, N0, SIZE,
+        add_ptr, BIAS, SCALE, ADD,
+    )  # fmt: skip
     if MATRICES > 1:
-        _store(total, at, N0, columns, bias1_ptr, scale1_ptr, out1_ptr, N1, SIZE, BIAS, SCALE)
+        _store(
+            total, at, N0, columns, bias1_ptr, scale1_ptr, out1_ptr, N1, SIZE,
+            add_ptr, BIAS, SCALE, False,
+        )  # fmt: skip
     if MATRICES > 2:
-        _store(total, at, N0 + N1, columns, bias2_ptr, scale2_ptr, out2_ptr, N2, SIZE, BIAS, SCALE)
+        _store(
+            total, at, N0 + N1, columns, bias2_ptr, scale2_ptr, out2_ptr, N2, SIZE,
+            add_ptr, BIAS, SCALE, False,
+        )  # fmt: skip
 
 
 class Product(NamedTuple):
@@ -162,43 +191,114 @@ def serves(x: Tensor, products: list[Product]) -> bool:
     )
 
 
-def launch(x: Tensor, products: list[Product]) -> None:
-    """Multiply rows `[..., K]` in half precision with up to three matrices, with sums in fp32."""
-    K = x.shape[-1]
+class Tiles(NamedTuple):
+    """How products of rows are divided among programs.
+
+    Attributes:
+        x_MK: the rows; columns are next to one another.
+        grid: tiles of the matrices' rows, of the rows, and splits.
+        split_K: columns of each split.
+        constants: what kernels are compiled for.
+    """
+
+    x_MK: Tensor
+    grid: tuple[int, int, int]
+    split_K: int
+    constants: dict[str, Any]
+
+
+def tiles_of(x: Tensor, products: list[Product]) -> Tiles:
+    """Divide the products of rows `[..., K]`."""
+    K, weights = x.shape[-1], [each.weight for each in products]
     x_MK = x.reshape(-1, K)
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
-    M, (_, bias, scale, _) = len(x_MK), products[0]
-    sizes = [each.weight.shape[0] for each in products]
-    block_M = min(64, max(16, triton.next_power_of_2(M)))
-    tiles = sum(triton.cdiv(size, _BLOCK_N) for size in sizes), triton.cdiv(M, block_M)
-    splits, split_K = _splits(tiles[0] * tiles[1], K, x.device)
-    parts = x.new_empty(splits, M, sum(sizes), dtype=torch.float32) if splits > 1 else x_MK
-    # Missing matrices are the first one again, which no program reaches: their size is 0.
-    missing = MAX_MATRICES - len(products)
-    matrices: list[Any] = []
-    results: list[Any] = []
-    for each, size in zip(products + products[:1] * missing, sizes + [0] * missing, strict=True):
-        # Pointers that no kernel reads need a type all the same.
-        result = x if bias is None else each.bias, x if scale is None else each.scale, each.out
-        results += *result, size
-        matrices += each.weight, *result, size, each.weight.stride(0)
-    flags = dict(BIAS=bias is not None, SCALE=scale is not None, **triton_pdl.options(x.device))
-    _products[(*tiles, splits)](
-        x_MK, parts, M, K, x_MK.stride(0), split_K, *matrices,
+    block_M = min(64, max(16, triton.next_power_of_2(len(x_MK))))
+    tiles = sum(triton.cdiv(len(each), _BLOCK_N) for each in weights)
+    tiles_M = triton.cdiv(len(x_MK), block_M)
+    splits, split_K = _splits(tiles * tiles_M, K, x.device)
+    constants = dict(
         BLOCK_M=block_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
         EVEN=K % split_K == 0 and split_K % _BLOCK_K == 0,
-        SPLIT=splits > 1, num_warps=4, num_stages=_STAGES, **flags,
+        SCALE=products[0].scale is not None, num_warps=4, num_stages=_STAGES,
+        **triton_pdl.options(x.device),
     )  # fmt: skip
-    if splits > 1:
-        _sum[(triton.cdiv(M * sum(sizes), _SUM_BLOCK),)](
-            parts, M, *results,
-            S=splits, BLOCK=_SUM_BLOCK, MATRICES=len(products), num_warps=4, **flags,
-        )  # fmt: skip
+    return Tiles(x_MK, (tiles, tiles_M, splits), split_K, constants)
+
+
+def launch(x: Tensor, products: list[Product], residual: Tensor | None = None) -> None:
+    """Multiply rows `[..., K]` in half precision with up to three matrices, with sums in fp32.
+
+    Args:
+        x: the rows.
+        products: what they are multiplied with.
+        residual: what is added to the result of a single matrix, contiguous, or None.
+    """
+    tiles, bias = tiles_of(x, products), products[0].bias
+    added = x if residual is None else residual
+    if tiles.grid[2] == 1:
+        _launch(tiles, products, tiles.x_MK, added, BIAS=bias is not None, ADD=residual is not None)
+        return
+    parts = sums(tiles, products)
+    S, M, N = parts.shape
+    _sum[(triton.cdiv(M * N, _SUM_BLOCK),)](
+        parts, added, M, *(each for of_one in _results(products) for each in of_one),
+        S=S, BLOCK=_SUM_BLOCK, MATRICES=len(products), num_warps=4,
+        BIAS=bias is not None, SCALE=products[0].scale is not None, ADD=residual is not None,
+        **triton_pdl.options(x.device),
+    )  # fmt: skip
+
+
+def sums(tiles: Tiles, products: list[Product]) -> Tensor:
+    """Return the sums of several splits, `[S, M, N]` with columns of all matrices."""
+    N = sum(len(each.weight) for each in products)
+    parts = tiles.x_MK.new_empty(tiles.grid[2], len(tiles.x_MK), N, dtype=torch.float32)
+    _launch(tiles, products, parts, tiles.x_MK, BIAS=False, ADD=False)
+    return parts
+
+
+def _launch(
+    tiles: Tiles, products: list[Product], parts: Tensor, added: Tensor, **flags: bool
+) -> None:
+    x_MK = tiles.x_MK
+    matrices = [
+        (each.weight, *result, each.weight.stride(0))
+        for each, result in zip(_filled(products), _results(products), strict=True)
+    ]
+    _products[tiles.grid](
+        x_MK, parts, added, *x_MK.shape, x_MK.stride(0), tiles.split_K,
+        *(each for of_one in matrices for each in of_one),
+        SPLIT=tiles.grid[2] > 1, **flags, **tiles.constants,
+    )  # fmt: skip
+
+
+def _filled(products: list[Product]) -> list[Product]:
+    """Return as many products as kernels take: missing ones are the first one again."""
+    return products + products[:1] * (MAX_MATRICES - len(products))
+
+
+def _results(products: list[Product]) -> list[tuple[Any, ...]]:
+    """Return what kernels take for each result: bias, scale, place, and size.
+
+    No program reaches missing products: their size is 0. Pointers that no kernel reads need a type
+    all the same.
+    """
+    return [
+        (
+            weight if bias is None else bias,
+            weight if scale is None else scale,
+            out,
+            len(weight) if at < len(products) else 0,
+        )
+        for at, (weight, bias, scale, out) in enumerate(_filled(products))
+    ]
 
 
 def _splits(tiles: int, K: int, device: torch.device) -> tuple[int, int]:
-    """Return the number of splits along K, and the columns of each."""
-    wanted = triton.cdiv(_PROGRAMS * _processors(device), tiles)
+    """Return the number of splits along K, and the columns of each.
+
+    All programs should run at once: those of a second wave would read alone.
+    """
+    wanted = _PROGRAMS * _processors(device) // tiles
     splits = max(1, min(wanted, K // _LEAST_K))
     split_K = triton.cdiv(triton.cdiv(K, splits), _BLOCK_K) * _BLOCK_K
     return triton.cdiv(K, split_K), split_K

@@ -1,7 +1,8 @@
 """A single row times matrices together with the work around them: one launch instead of several.
 
 `folding` finds that work in the graph of a compiled layer: the gate's activation, and the sum with
-the residual. Nothing in between is rounded.
+the residual. Nothing in between is rounded. The operation is that of a few rows, too, which
+`triton_few_folded` multiplies.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_attention.attention.kernels import triton_pdl
-from star_attention.linear import triton_row
+from star_attention.linear import triton_few_folded, triton_row
 from star_attention.linear.triton_experts import activate
 from star_attention.linear.triton_few import Product
 
@@ -61,10 +62,10 @@ def folded_linears(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """`triton_row.linears` of a single row, and what comes after them.
+    """`triton_row.linears` of rows, and what comes after them.
 
     Args:
-        x: The row, `[..., K]`.
+        x: The rows, `[..., K]`.
         weights: As `linears` takes them, as are biases, parts and scales.
         biases: Of each matrix.
         parts: Of each matrix.
@@ -76,13 +77,17 @@ def folded_linears(
     Returns:
         The result, `[..., N]`: gated, or with the residual.
     """
-    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], parts[1])
+    out = x.new_empty(*x.shape[:-1], parts[1])
     outs = [out] * len(weights)
     made = triton_row.made_products(x.shape[-1], weights, biases, parts, scales, outs)
+    is_single = x.numel() == x.shape[-1]
     if residual is None:
-        _launch_gated(x, made, activation)
+        gated = _launch_gated if is_single else triton_few_folded.multiply_gated
+        gated(x.contiguous(), made, activation)
+    elif is_single:
+        triton_row.launch(x.contiguous(), made, residual.contiguous())
     else:
-        triton_row.launch(x, made, residual.contiguous())
+        triton_few_folded.multiply_and_add(x, made[0], residual)
     return out
 
 

@@ -1,6 +1,6 @@
-"""A single row's norm, and the sum with a residual around it, as one program.
+"""The norm of a row, and the sum with a residual around it, as one program; rows have one each.
 
-The program reads the row at once, and the norm's weight while the kernel before ends. Inductor's
+A program reads its row at once, and the norm's weight while the kernel before ends. Inductor's
 kernel reads a row of a few thousand numbers in turns, twice, and its weight afterwards.
 
 Nothing in between is rounded.
@@ -26,7 +26,7 @@ _THREADS_WORDS = 4
 
 
 class RowNorms(NamedTuple):
-    """What follows a row `x`, in this order. Each part may be missing, but not all.
+    """What follows each row of `x`, in this order. Each part may be missing, but not all.
 
     Attributes:
         post: weight of the RMS norm of the row, `[K]`, or None; only before a residual.
@@ -45,14 +45,13 @@ class RowNorms(NamedTuple):
     eps: Sequence[float]
 
     def after(self, row: Tensor) -> list[Tensor]:
-        """Return the results for a row `[..., K]`, by one launch; all have its precision."""
+        """Return the results for rows `[..., K]`, by one launch; all have their precision."""
         row = row.contiguous()
-        outs, words = self.outs(row), triton_words.view(row)
+        outs, (words, sizes) = self.outs(row), words_of(row)
         arguments, constants = self.arguments(row, outs)
-        _row[(1,)](
-            words, *arguments, words.numel(),
-            BLOCK=triton.next_power_of_2(words.numel()), num_warps=_warps(words.numel()),
-            **constants, **triton_pdl.options(row.device),
+        _row[(row.shape[:-1].numel(),)](
+            triton_words.view(row), *arguments, words,
+            **sizes, **constants, **triton_pdl.options(row.device),
         )  # fmt: skip
         return outs
 
@@ -62,10 +61,10 @@ class RowNorms(NamedTuple):
         return [row.new_empty(row.shape) for _ in range(results)]
 
     def arguments(self, row: Tensor, outs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """Return the kernel's arguments after the row's words, and constants.
+        """Return the kernel's arguments after the rows' words, and constants.
 
         Args:
-            row: a contiguous row that stands for missing tensors.
+            row: contiguous rows that stand for missing tensors.
         """
         tensors = [self.residual, self.post, self.pre, *outs[:1], *outs[-1:]]
         words = [triton_words.view(row if each is None else each) for each in tensors]
@@ -94,7 +93,10 @@ def finish(
     POST: tl.constexpr, ADD: tl.constexpr, PRE: tl.constexpr,
     POST_OFFSET: tl.constexpr, PRE_OFFSET: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Do what follows a row in two halves; `added`, `post` and `pre` are words."""
+    """Do what follows a row in two halves; `added`, `post` and `pre` are words.
+
+    `at` is where the row's words are stored.
+    """
     if POST:
         first, second = normed(first, second, post, K, post_eps, POST_OFFSET, DTYPE)
     if ADD:
@@ -114,29 +116,32 @@ def _row(
     PDL: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
-    mask = at < words
+    mask, place = at < words, tl.program_id(0) * words + at
     # Weights do not depend on the kernel before.
     post = tl.load(post_ptr + at, mask=mask, other=0) if POST else at
     pre = tl.load(pre_ptr + at, mask=mask, other=0) if PRE else at
     triton_pdl.begin(PDL)
-    x = tl.load(x_ptr + at, mask=mask, other=0)
-    added = tl.load(add_ptr + at, mask=mask, other=0) if ADD else at
+    x = tl.load(x_ptr + place, mask=mask, other=0)
+    added = tl.load(add_ptr + place, mask=mask, other=0) if ADD else at
     first, second = triton_words.numbers(x, DTYPE)
     finish(
-        first, second, added, post, pre, sum_ptr, out_ptr, at, mask, K, times, post_eps, pre_eps,
+        first, second, added, post, pre, sum_ptr, out_ptr, place, mask, K, times, post_eps, pre_eps,
         POST, ADD, PRE, POST_OFFSET, PRE_OFFSET, DTYPE,
     )  # fmt: skip
 
 
 def serves(x: Tensor) -> bool:
-    """Return True if there is a kernel for a row, `[..., K]`."""
-    return x.shape[-1] <= MAX_SIZE and triton_words.dtype_of(x) is not None
+    """Return True if there is a kernel for rows, `[..., K]`."""
+    K = x.shape[-1]
+    return K <= MAX_SIZE and K * x.element_size() % 4 == 0 and x.dtype in triton_words.DTYPES
 
 
-def _warps(words: int) -> int:
-    """Return the warps of a program that reads so many words."""
-    padded: int = triton.next_power_of_2(words)
-    return max(1, min(16, padded // (32 * _THREADS_WORDS)))
+def words_of(row: Tensor) -> tuple[int, dict[str, int]]:
+    """Return the words of a row, and the size of a program that has it in registers."""
+    words = row.shape[-1] * row.element_size() // 4
+    block: int = triton.next_power_of_2(words)
+    warps = max(1, min(16, block // (32 * _THREADS_WORDS)))
+    return words, dict(BLOCK=block, num_warps=warps)
 
 
 @torch.library.custom_op("star_attention::row_norms", mutates_args=())

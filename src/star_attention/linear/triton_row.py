@@ -147,8 +147,13 @@ def linears(
     outs = [
         torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device) for size in parts[1::3]
     ]
-    products = made_products(K, weights, biases, parts, scales, outs)
-    if x.numel() == K:
+    multiply(x, made_products(K, weights, biases, parts, scales, outs))
+    return outs
+
+
+def multiply(x: Tensor, products: list[Product]) -> None:
+    """Multiply one row, a few or many, `[..., K]`, with up to `MAX_MATRICES` matrices."""
+    if x.numel() == x.shape[-1]:
         launch(x.contiguous(), products)
     elif triton_few.serves(x, products):
         triton_few.launch(x, products)
@@ -157,8 +162,7 @@ def linears(
             if triton_few.serves(x, [product]):
                 triton_few.launch(x, [product])
             else:
-                product.out.copy_(_by_torch(x, product.weight, product.bias, product.scale))
-    return outs
+                product.out.copy_(by_torch(x, product))
 
 
 def made_products(
@@ -229,8 +233,9 @@ def tile_of(x: Tensor, weights: list[Tensor], least: int = 1) -> dict[str, Any]:
     return dict(ROWS=max(rows, least), BLOCK_K=block_K, EVEN=even, AHEAD=ahead, num_warps=warps)
 
 
-def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+def by_torch(x: Tensor, product: Product) -> Tensor:
     """Multiply rows for which there is no kernel."""
+    weight, bias, scale, _ = product
     if scale is None:
         return functional.linear(x, weight, bias)
     # Numbers up to 448 are too large to be summed in fp16.

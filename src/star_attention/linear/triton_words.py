@@ -36,18 +36,19 @@ def words_of(first, second, DTYPE: tl.constexpr):
     return words
 
 
-_DTYPES: dict[torch.dtype, Any] = {
+DTYPES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
 }
+"""Triton's types of the numbers in words."""
 
 
 def dtype_of(tensor: Tensor) -> Any:
     """Return Triton's type of the numbers in a tensor's words; None if it has no such words."""
     if tensor.numel() * tensor.element_size() % 4:
         return None
-    return _DTYPES.get(tensor.dtype)
+    return DTYPES.get(tensor.dtype)
 
 
 def view(tensor: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 Each layer is compiled by itself: norms, rotary embeddings, activations and residual sums become few
 kernels. For a single token, or one of each of a few rows, linear layers go through kernels of ours,
-those with the same input in one launch, and a single token's experts through another. A single
-token's gates and residual sums are part of the launches next to them (`linear.folding`), and its
-experts are chosen by kernels of ours (`linear.routing`). Rotary embeddings are computed where new
-keys are stored (`rotary`).
+those with the same input in one launch, and a single token's experts through another. Gates and
+residual sums are part of the launches next to them (`linear.folding`), norms are kernels of ours
+(`linear.norm_folding`), and so is the choice of a single token's experts (`linear.routing`). Rotary
+embeddings are computed where new keys are stored (`rotary`).
 Layers of one kind share compiled code, so each kind is compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
@@ -98,6 +98,7 @@ class CompiledLayers:
             # Code from torch's caches on disk calls the operations that passes put into it, but the
             # passes do not run.
             from star_attention.linear import (  # noqa: F401
+                triton_few_folded,
                 triton_folded,
                 triton_norm,
                 triton_router,
@@ -114,7 +115,7 @@ class CompiledLayers:
             self._experts = row_experts.find(self._layers)
             # Rotary embeddings of query and key are kernels that do not wait for each other.
             self._options[STEP] = {_PASSES: _FOLD, "combo_kernels": True}
-            self._options[ROWS][_PASSES] = _FUSE_LINEARS
+            self._options[ROWS][_PASSES] = _FOLD_ROWS
             if triton_pdl.is_supported(handle.device):
                 # Torch's kernels take part, or ours would have to wait for their ends.
                 for mode in (STEP, ROWS):
@@ -325,8 +326,19 @@ def _fold_norms(graph: torch.fx.Graph) -> None:
     norm_folding.fold(graph, sums.OPERATIONS)
 
 
+def _fold_norms_of_rows(graph: torch.fx.Graph) -> None:
+    from star_attention.linear import norm_folding
+
+    # Sums over ranks are kernels of their own: what follows is in them for a single row only.
+    norm_folding.fold(graph)
+    norm_folding.join_products(graph)
+
+
 _PLAIN = _Passes("reals 1", multiply_reals)
-_FUSE_LINEARS = _Passes("reals 1, rotary 1, fuse linears 3", multiply_reals, _rotate, _fuse_linears)
+_FOLD_ROWS = _Passes(
+    "reals 1, rotary 1, fuse linears 3, fold 4, norms of rows 1",
+    *(multiply_reals, _rotate, _fuse_linears, _fold, _fold_norms_of_rows),
+)
 _FOLD = _Passes(
     "reals 1, rotary 1, fuse linears 3, fold 3, route 3, mix 3, norms 2",
     *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix, _fold_norms),
