@@ -342,13 +342,13 @@ class StarConfig:
         ):
             if getattr(self, name) not in (None, True, False):
                 raise InvalidInputError(
-                    f"{name} {quote(getattr(self, name))} is neither True, False nor None; leave it"
-                    f" out {otherwise}"
+                    f"{name}: expected True, False or None, got {quote(getattr(self, name))}; leave"
+                    f" it out {otherwise}"
                 )
         if self.balance_ranks not in (True, False):
             raise InvalidInputError(
-                f"balance_ranks {quote(self.balance_ranks)} is neither True nor False; leave it out"
-                " for True"
+                f"balance_ranks: expected True or False, got {quote(self.balance_ranks)}; leave it"
+                " out for True"
             )
         object.__setattr__(self, "kv_resident", check_share(self.kv_resident, self.kv_device))
 

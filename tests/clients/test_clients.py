@@ -72,7 +72,7 @@ CLIENTS = [
         script="open_webui",
         environment="open-webui",
         too_long="context_length_exceeded",
-        wrong_key="the key is not one of this server's",
+        wrong_key="this server does not know the API key",
     ),
     Client(script="node", environment="node", too_long="BadRequestError"),
     Client(

@@ -70,7 +70,7 @@ def test_half_a_character(star: StarLLM, place: str) -> None:
     refused(
         TextError,
         f"{name}",
-        "has half a character, U+D83D, at offset 4 of 9",
+        "has a lone surrogate (half a character), U+D83D, at offset 4 of 9",
         'text.encode("utf-8", "replace").decode()',
         call=lambda: CALLS[place](star, LONE),
     )

@@ -126,7 +126,7 @@ def test_an_empty_text(star: StarLLM, reader: StarLLM, context: EncodedContext) 
         ([" \n", "a"], "^query 1 of 2: the query .* white space"),
         (["a", "b", 3], "^query 3 of 3: the query must be text"),
         ([[5], [6, 10**6]], "^query 2 of 2: the query has token id 1000000"),
-        (["a", "b\ud83d"], "^query 2 of 2: the query has half a character"),
+        (["a", "b\ud83d"], "^query 2 of 2: the query has a lone surrogate"),
     ],
 )
 def test_the_faulty_one_of_several_is_named(queries: list[Any], message: str) -> None:

@@ -306,7 +306,7 @@ def test_bad_turns(star: StarLLM, context: EncodedContext) -> None:
         plain.continue_with([5])
     with pytest.raises(InvalidInputError, match=r"not kept; ask with keep=True"):
         star.generate(plain, [5])
-    with pytest.raises(InvalidInputError, match=r"keep 'yes' does not work; give True or False"):
+    with pytest.raises(InvalidInputError, match=r"keep: expected True or False, got 'yes'"):
         star.generate(context, [5], keep="yes")  # type: ignore[arg-type]
     other = engine("mistral", **SIZES)
     with pytest.raises(ContextMismatchError):

@@ -35,7 +35,7 @@ def test_what_needs_no_model_is_refused_without_torch(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     model, out = ["-m", str(tmp_path / "none")], ["--out", str(tmp_path / "out")]
     expected = {
-        ("run", bad, *out): r"line 2: field 'context' holds half a character",
+        ("run", bad, *out): r"line 2: field 'context' holds a lone surrogate",
         ("run", str(tmp_path / "gone.jsonl"), *out): "gone.jsonl does not exist; check the path",
         ("run", good, *out, "--format", "xml"): "format 'xml' is unknown",
         ("run", good, *out, "--variants", "stat:/4"): "method 'stat' is unknown",

@@ -80,7 +80,7 @@ def test_rows_give_the_same_answers(tmp_path: Path) -> None:
 
 
 def test_numbers_of_rows_that_do_not_work(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="rows 0 does not work; give 1 or more"):
+    with pytest.raises(InvalidInputError, match="rows: expected 1 or more, got 0"):
         run(engine(), samples(), VARIANTS, tmp_path, rows=0)
 
 

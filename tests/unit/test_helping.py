@@ -131,7 +131,7 @@ def test_phase_1_is_predicted_to_take_less_time(block: int, less: float) -> None
 
 def test_the_switch_is_on_or_off() -> None:
     assert StarConfig().balance_ranks
-    with pytest.raises(InvalidInputError, match="neither True nor False; leave it out for"):
+    with pytest.raises(InvalidInputError, match="expected True or False, got 'no'; leave it out"):
         StarConfig(balance_ranks="no")  # type: ignore[arg-type]
 
 

@@ -90,7 +90,7 @@ def test_times_of_marks(ttl: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("ttl", ["soon", 5, "5 m", "-1h"])
 def test_times_that_are_none(ttl: object) -> None:
-    with pytest.raises(InvalidInputError, match="give one like 30m or 1h"):
+    with pytest.raises(InvalidInputError, match="expected a time such as 30m or 1h"):
         cut.ttl_of({"ttl": ttl})
 
 

@@ -72,7 +72,7 @@ def test_a_form_with_another_ttl_is_refused(server: Server, value: str) -> None:
 @pytest.mark.parametrize("limit", ["²", "9" * 5000, "0", "1001"])
 def test_a_limit_is_a_number_up_to_1000(server: Server, limit: str) -> None:
     response = server.get("/v1/contexts", headers=ANN, params={"limit": limit})
-    refused(response, "invalid_value", "give 1 to 1000")
+    refused(response, "invalid_value", "expected 1 to 1000")
 
 
 @pytest.mark.parametrize("field", ["name", "cache_salt", "other"])

@@ -227,7 +227,7 @@ def test_a_file_that_was_uploaded(server: Server) -> None:
         (
             [{"type": "document", "source": {"type": "content", "content": [{"type": "image"}]}}],
             {},
-            "blocks that are no text",
+            "blocks that are not text",
         ),
     ],
 )

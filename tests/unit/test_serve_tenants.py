@@ -48,7 +48,7 @@ def test_all_else_needs_a_key(server: Server, path: str) -> None:
     response = server.get(path)
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
-    assert "there is no key" in response.json()["error"]["message"]
+    assert "the API key is missing" in response.json()["error"]["message"]
     for header in ("key-of-ann", "Bearer", "Token key-of-ann"):
         response = server.get(path, headers={"authorization": header})
         assert response.status_code == 401
@@ -103,7 +103,7 @@ def test_files_that_are_no_texts(server: Server) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has none; give it lines of name:key"),
+        ("", "has no keys; write lines of name:key"),
         ("only-a-name\n", "line 1: expected name:key"),
         ("ok:key\n: key\n", "line 2: expected name:key"),
         ("a b:key\n", "line 1"),
@@ -136,17 +136,17 @@ def test_other_machines_need_keys() -> None:
     ("values", "message"),
     [
         ({"max_body": "many"}, "max_body 'many' is not a size; write 4096, '64k', '64m' or '8g'"),
-        ({"max_rows": 0}, "max_rows 0 does not work; give 1 or more"),
-        ({"port": 70_000}, "port 70000 does not exist; give one up to 65535"),
-        ({"request_timeout": -1.0}, "request_timeout -1 does not work"),
+        ({"max_rows": 0}, "max_rows: expected 1 or more, got 0"),
+        ({"port": 70_000}, "port: expected 0 to 65535, got 70000"),
+        ({"request_timeout": -1.0}, "request_timeout: expected .* above 0, got -1"),
         # Zero would be no time at all, and not no limit.
-        ({"request_timeout": 0}, "request_timeout 0 does not .* above 0, or leave it out for no"),
-        ({"context_ttl": 0.0}, "give a number of seconds above 0, or leave it out for no limit"),
-        ({"keepalive": 0.0}, "keepalive 0 does not work; give a number of seconds above 0$"),
-        ({"heartbeat": 0}, "heartbeat 0 does not work"),
-        ({"engine_stall": 0}, "engine_stall 0 does not work"),
-        ({"drain_timeout": -1}, "drain_timeout -1 does not work; .* 0 or more"),
-        ({"heartbeat": float("nan")}, "heartbeat nan does not work"),
+        ({"request_timeout": 0}, "request_timeout: .* above 0, got 0; leave it out for no limit"),
+        ({"context_ttl": 0.0}, "expected a number of seconds above 0, got 0; leave it out for no"),
+        ({"keepalive": 0.0}, "keepalive: expected a number of seconds above 0, got 0$"),
+        ({"heartbeat": 0}, "heartbeat: expected .*, got 0"),
+        ({"engine_stall": 0}, "engine_stall: expected .*, got 0"),
+        ({"drain_timeout": -1}, "drain_timeout: expected .* 0 or more, got -1"),
+        ({"heartbeat": float("nan")}, "heartbeat: expected .*, got nan"),
     ],
 )
 def test_settings_that_cannot_work(values: dict[str, object], message: str) -> None:

@@ -134,7 +134,7 @@ def test_the_setting_says_what_special_tokens_are() -> None:
     assert markers_in(other, other.encode(FORGED).token_ids.tolist()) == three
     refused(
         InvalidInputError,
-        "allow_special_tokens 'yes' is neither True, False nor None",
+        "allow_special_tokens: expected True, False or None, got 'yes'",
         call=lambda: StarConfig(allow_special_tokens="yes"),  # type: ignore[arg-type]
     )
 

@@ -54,7 +54,7 @@ def defaults(root: Any) -> dict[str, Any]:
         root: The command line's group of commands.
 
     Raises:
-        InvalidInputError: If the file is no TOML, or names an unknown option or command.
+        InvalidInputError: If the file is not TOML, or names an unknown option or command.
     """
     file = path()
     if file is None:
@@ -71,7 +71,9 @@ def defaults(root: Any) -> dict[str, Any]:
     result = _defaults(root, shared, tables, str(file), taken)
     for key in shared:
         if key not in taken:
-            raise InvalidInputError(f"{file}: no command has an option --{key.replace('_', '-')}")
+            raise InvalidInputError(
+                f"{file}: no command has an option --{key.replace('_', '-')}; correct or remove it"
+            )
     return result
 
 
@@ -81,7 +83,9 @@ def _defaults(
     """Return the defaults of a group's commands; add the shared options that they take."""
     unknown = sorted(tables.keys() - group.commands.keys())
     if unknown:
-        raise InvalidInputError(f"{file}: there is no command {unknown[0]}")
+        raise InvalidInputError(
+            f"{file}: there is no command {unknown[0]}; choose from {', '.join(group.commands)}"
+        )
     result: dict[str, Any] = {}
     for name, command in group.commands.items():
         table = tables.get(name, {})

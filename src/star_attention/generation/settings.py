@@ -163,7 +163,7 @@ class GenerationSettings:
         most_sources(self.sources)
         seed = self.seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise InvalidInputError(f"seed {quote(seed)} is not an integer")
+            raise InvalidInputError(f"seed: expected an integer, got {quote(seed)}")
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise InvalidInputError(f"seed {seed} has more than 64 bits; give a smaller number")
         if not isinstance(self.answer_prefix, str):
@@ -174,13 +174,11 @@ class GenerationSettings:
         for name in ("skip_special_tokens", "keep"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise InvalidInputError(f"{name} {quote(value)} does not work; give True or False")
+                raise InvalidInputError(f"{name}: expected True or False, got {quote(value)}")
         for name in ("logits_processor", "stopping_criteria"):
             value = getattr(self, name)
             if not isinstance(value, (list, type(None))):
-                raise InvalidInputError(
-                    f"{name}: expected a list of them, got {type(value).__name__}"
-                )
+                raise InvalidInputError(f"{name}: expected a list, got {type(value).__name__}")
 
     def resolve(
         self, handle: ModelHandle, tokenizer: Any, *, chat: bool = False
@@ -246,8 +244,8 @@ class GenerationSettings:
         count = self.logprobs
         if count is not None and not (type(count) is int and 0 <= count <= handle.vocab_size):
             raise InvalidInputError(
-                f"logprobs {quote(count)} does not work; give the number of most likely tokens to"
-                f" record, 0..{handle.vocab_size}"
+                "logprobs: expected the number of most likely tokens to record,"
+                f" 0..{handle.vocab_size}, got {quote(count)}"
             )
         is_sharded = tensor_parallel.model_shard(handle.model) is not None
         if is_sharded and getattr(config, "guidance_scale", None) not in (None, 1):

@@ -101,13 +101,13 @@ def check(arguments: dict[str, Any], max_new_tokens: int, vocab_size: int) -> No
                 f"{name} does not work with an encoded context: {_REFUSED[name]}; leave it out"
             )
         if name in _RANGES and value not in _RANGES[name]:
-            raise InvalidInputError(f"{name} {quote(value)} does not work; give {_RANGES[name]}")
+            raise InvalidInputError(f"{name}: expected {_RANGES[name]}, got {quote(value)}")
         if name == "do_sample" and not isinstance(value, bool):
-            raise InvalidInputError(f"do_sample {quote(value)} does not work; give True or False")
+            raise InvalidInputError(f"do_sample: expected True or False, got {quote(value)}")
         if name == "min_new_tokens" and value not in _Range(low=0, high=max_new_tokens, whole=True):
             raise InvalidInputError(
-                f"min_new_tokens {quote(value)} does not work; give an integer up to"
-                f" max_new_tokens {max_new_tokens}"
+                f"min_new_tokens: expected an integer up to max_new_tokens {max_new_tokens},"
+                f" got {quote(value)}"
             )
         if name in _TOKEN_IDS:
             _check_token_ids(name, value, vocab_size)

@@ -138,7 +138,7 @@ def ttl_of(mark: Any) -> float | None:
     match = _TTL.fullmatch(ttl) if isinstance(ttl, str) else None
     if match is None:
         raise InvalidInputError(
-            f"ttl {quote(ttl)} of a mark does not work; give one like 30m or 1h"
+            f"ttl of a mark: expected a time such as 30m or 1h, got {quote(ttl)}"
         )
     return float(int(match[1]) * _SECONDS[match[2]])
 

@@ -37,7 +37,7 @@ class Keys:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InvalidInputError(
-                f"the file of keys {path} cannot be read: {first_line(error)}; give one with lines"
+                f"the key file {path} cannot be read: {first_line(error)}; give one with lines"
                 " of name:key"
             ) from None
         digests: list[tuple[bytes, str]] = []
@@ -58,7 +58,7 @@ class Keys:
             digests.append((digest, name))
         if not digests:
             raise InvalidInputError(
-                f"the file of keys {quote(path)} has none; give it lines of name:key"
+                f"the key file {quote(path)} has no keys; write lines of name:key"
             )
         return cls(digests)
 

@@ -117,19 +117,19 @@ class Service:
         return self.requests.total()
 
     def check_queue(self, tenant: str) -> None:
-        """Raise a 429 if too many contexts wait for being encoded."""
+        """Raise a 429 if too many contexts are waiting to be encoded."""
         _, _, queued = self.store.counts()
         most = self.settings.max_waiting
         if self.is_shared and queued[tenant] >= most // 2:
             raise busy(
-                f"{queued[tenant]} contexts with your key wait for being encoded, as many as one"
-                " key may have; come back later",
+                f"{queued[tenant]} contexts with your key are waiting to be encoded, the most"
+                " for one key; come back later",
                 retry_after_s=30,
             )
         if queued.total() >= most:
             raise busy(
-                f"{queued.total()} contexts wait for being encoded, as many as this server takes;"
-                " come back later",
+                f"{queued.total()} contexts are waiting to be encoded, the most that this server"
+                " takes; come back later",
                 retry_after_s=30,
             )
 

@@ -132,13 +132,13 @@ class ServeSettings:
                 continue
             least = 0 if field.name in _MAY_BE_ZERO else 1
             if value < least:
-                raise InvalidInputError(f"{field.name} {value} does not work; give {least} or more")
+                raise InvalidInputError(f"{field.name}: expected {least} or more, got {value}")
         if self.port > 65535:
-            raise InvalidInputError(f"port {self.port} does not exist; give one up to 65535")
+            raise InvalidInputError(f"port: expected 0 to 65535, got {self.port}")
         if self.keys is None and not self.insecure and not is_loopback(self.host):
             raise InvalidInputError(
                 f"host {quote(self.host)} can be reached from other machines, and without keys"
-                " anybody may use the model; give a file of keys, or listen on 127.0.0.1 (insecure"
+                " anybody may use the model; give a key file, or listen on 127.0.0.1 (insecure"
                 " serves everybody)"
             )
 
@@ -149,9 +149,9 @@ def _check_seconds(name: str, value: float, *, has_default: bool) -> None:
     if math.isfinite(value) and (value > 0 or (value == 0 and may_be_zero)):
         return
     wanted = "0 or more" if may_be_zero else "above 0"
-    unlimited = "" if has_default else ", or leave it out for no limit"
+    unlimited = "" if has_default else "; leave it out for no limit"
     raise InvalidInputError(
-        f"{name} {value:g} does not work; give a number of seconds {wanted}{unlimited}"
+        f"{name}: expected a number of seconds {wanted}, got {value:g}{unlimited}"
     )
 
 

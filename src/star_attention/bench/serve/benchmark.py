@@ -342,5 +342,5 @@ def _check_free(server: Server) -> None:
     deadline = time.monotonic() + _FREE_S
     while rows := server.metric("num_requests_running"):
         if time.monotonic() > deadline:
-            raise StarAttentionError(f"{rows:.0f} answers go on whose clients have left")
+            raise StarAttentionError(f"{rows:.0f} answers still run after their clients have left")
         time.sleep(0.05)

@@ -56,8 +56,8 @@ def check_characters(values: Mapping[str, Any]) -> None:
         half = None if text.isascii() else _SURROGATE.search(text)
         if half is not None:
             raise InvalidInputError(
-                f"field {quote(field)} holds half a character, \\u{ord(half[0]):04x}, at offset"
-                f" {half.start():,}; remove it, or write \\ufffd"
+                f"field {quote(field)} holds a lone surrogate (half a character),"
+                f" \\u{ord(half[0]):04x}, at offset {half.start():,}; remove it, or write \\ufffd"
             )
 
 

@@ -25,7 +25,7 @@ class Rows:
 
     def __init__(self, star: StarLLM, most: int) -> None:
         if most < 1:
-            raise InvalidInputError(f"rows {quote(most)} does not work; give 1 or more")
+            raise InvalidInputError(f"rows: expected 1 or more, got {quote(most)}")
         if star.num_ranks > 1:
             raise InvalidInputError(
                 f"{most} rows at once work on one rank, got {star.num_ranks} ranks; leave out"

@@ -352,7 +352,7 @@ class BatchCalls:
         runtime: Runtime = self.runtime
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise InvalidInputError(
-                f"max_rows {quote(max_rows)} does not work; give the most rows at once, 1 or more"
+                f"max_rows: expected an integer of at least 1, got {quote(max_rows)}"
             )
         with runtime.collective("a batch"):
             if runtime.comm.rank > 0:

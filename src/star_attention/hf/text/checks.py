@@ -45,9 +45,9 @@ def whole_characters(text: str, name: str) -> str:
         if lone is None:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         raise TextError(
-            f"{name} has half a character, U+{ord(text[lone.start()]):04X}, at offset"
-            f" {lone.start():,} of {len(text):,}: a lone surrogate, which is not text; read it"
-            " again in its own encoding, or replace it with"
+            f"{name} has a lone surrogate (half a character), U+{ord(text[lone.start()]):04X}, at"
+            f" offset {lone.start():,} of {len(text):,}; read the text again in its own encoding,"
+            " or replace the surrogate with"
             ' text.encode("utf-8", "replace").decode()'
         ) from None
     return text

@@ -182,7 +182,7 @@ class ContextRoutes:
         limit = whole_number(query.get("limit", "100")) or 0
         if not 1 <= limit <= 1000:
             wanted = quote(query["limit"])
-            raise bad_request(f"limit {wanted} does not work; give 1 to 1000", "limit")
+            raise bad_request(f"limit: expected 1 to 1000, got {wanted}", "limit")
         after = query.get("after")
         if after is not None:
             ids = [view.id for view in views]

@@ -133,12 +133,12 @@ class Guard:
         key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         tenant = self._keys.tenant(key) if key else None
         if tenant is None:
-            wrong = "the key is not one of this server's" if key else "there is no key"
+            wrong = "this server does not know the API key" if key else "the API key is missing"
             if header and not key:
                 wrong = "the header Authorization has no key after the word Bearer"
             raise Problem(
                 401,
-                f"{wrong}; send one as `Authorization: Bearer KEY`",
+                f"{wrong}; send a valid one as `Authorization: Bearer KEY`",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
@@ -156,8 +156,8 @@ class Guard:
             if name and not is_loopback(name) and name not in self._settings.allowed_hosts:
                 raise Problem(
                     403,
-                    f"the host {quote(name)} is not this server's, which serves this machine; add"
-                    " it with --allowed-hosts, or use keys",
+                    f"expected a request to this machine, got one to host {quote(name)}; add the"
+                    " host with --allowed-hosts, or give the server --keys",
                     code="host_not_allowed",
                 )
 

@@ -92,7 +92,7 @@ def _region(nbytes: int) -> _Region:
     try:
         region = _Region(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"no {nbytes:,} bytes of host memory: {error}") from error
+        raise MemoryError(f"cannot allocate {nbytes:,} bytes of host memory: {error}") from error
     with suppress(OSError):
         # There are fewer large pages to pin. Not every kernel has them.
         region.madvise(mmap.MADV_HUGEPAGE)

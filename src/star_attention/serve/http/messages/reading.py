@@ -211,7 +211,7 @@ def _texts(blocks: Any) -> list[str]:
         text = block.get("text") if isinstance(block, dict) else None
         if not isinstance(text, str):
             raise bad_request(
-                "a document's content has blocks that are no text; give blocks of type text",
+                "a document's content has blocks that are not text; give blocks of type text",
                 "messages",
                 "unsupported_value",
             )
