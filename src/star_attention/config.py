@@ -160,7 +160,7 @@ class StarConfig:
         kv_device: Where the context's keys and values are stored. None leaves them on the device
             that computed them, "cpu" moves them to host memory, from which each layer is copied
             back while those before it compute.
-        kv_resident: Share of the layers, 0 to 1, that stay on the device in spite of `kv_device`.
+        kv_resident: Share of the layers, 0 to 1, that stay on the device despite `kv_device`.
         kv_windows: What layers with a sliding window keep: "last" keeps the last window, all that
             answers and `extend` see, "all" every token, for second looks and edits with look-back.
         allow_special_tokens: What special tokens in a text (`<|im_end|>`) are: True makes them
@@ -181,7 +181,7 @@ class StarConfig:
         "Tokens per block.",
         metavar="SIZE",
         panel="Context",
-        default_text=f"{DEFAULT_BLOCK_RULE}; one where a GPU gains nothing",
+        default_text=f"{DEFAULT_BLOCK_RULE}; one block where blocks are not faster",
     )
     anchor_size: int | None = _setting(
         None,
@@ -228,7 +228,7 @@ class StarConfig:
     )
     balance_ranks: bool = _setting(
         True,
-        "Whether rank 0, which would be ready first, computes layers for other ranks.",
+        "Whether rank 0, which would finish first, computes layers for other ranks.",
         metavar="",
         panel="Ranks",
         default_text="on",
@@ -256,13 +256,14 @@ class StarConfig:
     )
     kv_resident: float = _setting(
         0.0,
-        "Share of the layers, 0 to 1, that stay on the GPU in spite of --kv-device.",
+        "Share of the layers, 0 to 1, that stay on the GPU despite --kv-device.",
         metavar="SHARE",
         panel="Context",
     )
     kv_windows: str = _setting(
         LAST,
-        "What layers with a sliding window keep: last, all that answers see, or all tokens.",
+        "What layers with a sliding window keep: last (the last window, which is all that answers"
+        " see) or all (every token).",
         metavar="TOKENS",
         panel="Context",
     )

@@ -60,6 +60,14 @@ def test_without_a_command_it_shows_help() -> None:
     assert "generate" in done.out + done.err
 
 
+def test_help_lists_the_options_of_ranks_last() -> None:
+    """Forbids that who runs one process reads past them to find `--query`."""
+    text = ok("generate", "--help").out
+    groups = ("Model", "Context", "Query", "Answer", "Output", "Ranks")
+    places = [text.index(f"─ {group} ─") for group in groups]
+    assert places == sorted(places)
+
+
 def test_the_docs_page_is_fresh_and_does_not_depend_on_the_terminal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,1 +1,1 @@
-"""Calibration: which layers of a model need other blocks, measured on facts planted in a text."""
+"""Calibration: which layers of a model should look back, measured on facts planted in a text."""

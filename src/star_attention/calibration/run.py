@@ -45,7 +45,7 @@ def calibrate(
     text: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Calibration, Result]:
-    """Measure which layers of a model need other blocks. Collective.
+    """Measure which layers of a model should look back. Collective.
 
     Facts are planted in a text, and asked for. What counts is the mean negative log-likelihood of
     the answers, and of the text that follows, in nats per token, with look-back in no layers, in

@@ -39,12 +39,12 @@ class _Root(LazyGroup):
             "star_attention.cli.chat:chat",
         ),
         "serve": Entry(
-            "Answer OpenAI's clients over HTTP. A long document is encoded once and asked many"
-            " times.",
+            "Serve OpenAI's and Anthropic's APIs over HTTP. A long document is encoded once and"
+            " asked many times.",
             "star_attention.cli.serve:serve",
         ),
         "warmup": Entry(
-            "Compile and capture what `generate` and `serve` need, and fill the caches on disk.",
+            "Compile what `generate` and `serve` need, and fill the caches on disk.",
             "star_attention.cli.warmup:warmup",
         ),
         "info": Entry(
@@ -61,8 +61,7 @@ class _Root(LazyGroup):
             "star_attention.cli.estimate:estimate",
         ),
         "calibrate": Entry(
-            "Measure which layers of a model need other blocks, and write the settings of"
-            " look-back.",
+            "Measure which layers of a model should look back, and write them to a file.",
             "star_attention.cli.calibrate:calibrate",
         ),
         "demo": Entry(

@@ -49,7 +49,7 @@ def calibrate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure which layers of a model need other blocks, and write the settings of look-back.
+    """Measure which layers of a model should look back, and write them to a file.
 
     Facts are planted in a text, and asked for with look-back in groups of layers. The file is for
     `--calibration`, and for `StarLLM.from_pretrained(..., calibration=...)`.

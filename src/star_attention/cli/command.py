@@ -49,6 +49,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(function).parameters.items():
         options, builders[name] = _expand(name, hints[name], parameter.default)
         parameters += options
+    # Help lists groups by their first option. Those of several ranks matter to few.
+    parameters.sort(key=_is_about_ranks)
     parameters += [_VERBOSE, _DEBUG]
 
     def run(**values: Any) -> None:
@@ -64,6 +66,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _is_about_ranks(parameter: inspect.Parameter) -> bool:
+    marks = get_args(parameter.annotation)[1:]
+    return any(getattr(mark, "rich_help_panel", None) == "Ranks" for mark in marks)
 
 
 _Builder = Callable[[dict[str, Any]], Any]

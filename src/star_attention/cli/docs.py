@@ -36,11 +36,11 @@ _JSON = "With `--json`, `generate` and `ask` print one object per line for each 
 
 _GROUPS = (
     "Model",
-    "Ranks",
     "Context",
     "Query",
     "Answer",
     "Output",
+    "Ranks",
     "Server",
     "Contexts",
     "Limits",

@@ -82,7 +82,8 @@ class ContextOptions:
     calibration: Annotated[
         str | None,
         option(
-            "File of `calibrate` for this model: takes its look-back, unless given here.",
+            "File of `calibrate` for this model: use its look-back, unless --lookback or"
+            " --lookback-layers is given.",
             "--calibration",
             panel="Context",
             metavar="FILE",
@@ -110,7 +111,7 @@ class ContextOptions:
         str | None,
         option(
             "JSON file with a list of tools in OpenAI's form that the model may call, with --chat."
-            " Its calls are printed to stderr, or with --json in it.",
+            " Its calls are printed to stderr, or are part of the JSON with --json.",
             "--tools",
             panel="Context",
             metavar="FILE",
@@ -261,8 +262,8 @@ class ReplyOptions:
     sources: Annotated[
         int,
         option(
-            "Name at most this number of passages of the text that the answer attended to most: on"
-            " stderr, or with --json in it.",
+            "Name at most this number of passages of the text that the answer attended to most; on"
+            " stderr, or in the JSON with --json.",
             panel="Output",
             metavar="N",
             min=0,

@@ -34,7 +34,8 @@ def serve(
     config: ConfigFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Answer OpenAI's clients over HTTP. A long document is encoded once and asked many times.
+    """Serve OpenAI's and Anthropic's APIs over HTTP. A long document is encoded once and asked many
+    times.
 
     Needs the extra `serve`. Clients, contexts and limits: docs/serving.md.
 

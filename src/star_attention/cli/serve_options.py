@@ -22,9 +22,12 @@ class ServerOptions:
     """Where a server listens, and whom it serves."""
 
     host: Annotated[
-        str, option("Address to listen on. Others than this machine's need --keys.", panel=_LISTEN)
+        str,
+        option("Address to listen on. One that other machines reach needs --keys.", panel=_LISTEN),
     ] = _DEFAULTS.host
-    port: Annotated[int, option("Port to listen on.", panel=_LISTEN, metavar="N")] = _DEFAULTS.port
+    port: Annotated[
+        int, option("Port to listen on; 0 for any free one.", panel=_LISTEN, metavar="N")
+    ] = _DEFAULTS.port
     keys: Annotated[
         str | None,
         option(
@@ -40,7 +43,7 @@ class ServerOptions:
     allowed_hosts: Annotated[
         list[str] | None,
         option(
-            "Another name of this machine in browsers, without --keys; may be repeated.",
+            "Another host name to accept requests for, without --keys; may be repeated.",
             "--allowed-hosts",
             panel=_LISTEN,
             metavar="NAME",
@@ -52,7 +55,7 @@ class ServerOptions:
     log_json: Annotated[
         bool,
         option(
-            "Log a JSON object a line, with the fields of each request.",
+            "Log one JSON object per line, with the fields of each request.",
             "--log-json",
             panel=_LISTEN,
         ),
@@ -60,7 +63,7 @@ class ServerOptions:
     served_model_name: Annotated[
         str | None,
         option(
-            "The model's name for clients.",
+            "Name of the model in the API.",
             "--served-model-name",
             panel=_LISTEN,
             metavar="NAME",
@@ -70,7 +73,8 @@ class ServerOptions:
     warm_up: Annotated[
         bool,
         option(
-            "Compile and capture at the start what answers need; /ready says when it is done.",
+            "Compile layers and capture CUDA graphs before the first request; /ready says when it"
+            " is done.",
             "--warm-up/--no-warm-up",
             panel=_LISTEN,
         ),
@@ -82,12 +86,13 @@ class LimitOptions:
     """How much a request may ask for."""
 
     max_rows: Annotated[
-        int, option("Most answers generated at once.", panel=_LIMITS, metavar="N", min=1)
+        int,
+        option("Maximum number of answers generated at once.", panel=_LIMITS, metavar="N", min=1),
     ] = _DEFAULTS.max_rows
     max_rows_per_key: Annotated[
         int | None,
         option(
-            "Most answers of one key generated at once.",
+            "Maximum number of answers generated at once for one key.",
             panel=_LIMITS,
             metavar="N",
             min=1,
@@ -96,40 +101,48 @@ class LimitOptions:
     ] = None
     max_waiting: Annotated[
         int,
-        option("Most open requests; others get status 429.", panel=_LIMITS, metavar="N", min=1),
+        option(
+            "Maximum number of open requests; others get status 429.",
+            panel=_LIMITS,
+            metavar="N",
+            min=1,
+        ),
     ] = _DEFAULTS.max_waiting
-    max_body: Annotated[str, option("Most bytes of a request.", panel=_LIMITS, metavar="SIZE")] = (
-        "64m"
-    )
+    max_body: Annotated[
+        str, option("Maximum bytes of a request.", panel=_LIMITS, metavar="SIZE")
+    ] = "64m"
     default_max_tokens: Annotated[
         str,
         option(
-            "Most tokens of an answer whose request gives no limit.", panel=_LIMITS, metavar="SIZE"
+            "Maximum tokens of an answer whose request gives no limit.",
+            panel=_LIMITS,
+            metavar="SIZE",
         ),
     ] = str(_DEFAULTS.default_max_tokens)
     max_tokens: Annotated[
         str | None,
         option(
-            "Most tokens of an answer that a request may ask for.",
+            "Maximum tokens of an answer that a request may ask for.",
             panel=_LIMITS,
             metavar="SIZE",
             show_default="all that fit",
         ),
     ] = None
     max_answers: Annotated[
-        int, option("Most answers to one request.", panel=_LIMITS, metavar="N", min=1)
+        int, option("Maximum number of answers to one request.", panel=_LIMITS, metavar="N", min=1)
     ] = _DEFAULTS.max_answers
     max_responses: Annotated[
         int,
         option(
-            "Most responses of a key that are kept, so that they can be continued; 0 for none.",
+            "Maximum number of responses kept for a key, to be continued; 0 for none.",
             panel=_LIMITS,
             metavar="N",
             min=0,
         ),
     ] = _DEFAULTS.max_responses
     max_stops: Annotated[
-        int, option("Most stop strings of a request.", panel=_LIMITS, metavar="N", min=1)
+        int,
+        option("Maximum number of stop strings of a request.", panel=_LIMITS, metavar="N", min=1),
     ] = _DEFAULTS.max_stops
 
 
@@ -140,7 +153,7 @@ class TimeOptions:
     request_timeout: Annotated[
         float | None,
         option(
-            "Most seconds from a request to its last token.",
+            "Maximum seconds from a request to its last token.",
             panel=_TIMES,
             metavar="X",
             show_default="no limit",
@@ -148,12 +161,14 @@ class TimeOptions:
     ] = None
     drain_timeout: Annotated[
         float,
-        option("Seconds that answers under way get at the end.", panel=_TIMES, metavar="X"),
+        option("Seconds that running answers get to end at shutdown.", panel=_TIMES, metavar="X"),
     ] = _DEFAULTS.drain_timeout
     keepalive: Annotated[
         float,
         option(
-            "Seconds of silence after which a stream gets a comment.", panel=_TIMES, metavar="X"
+            "Seconds of silence after which a stream gets a comment line.",
+            panel=_TIMES,
+            metavar="X",
         ),
     ] = _DEFAULTS.keepalive
     heartbeat: Annotated[
@@ -179,7 +194,7 @@ class KeepOptions:
     implicit: Annotated[
         bool,
         option(
-            "Keep the beginning of long prompts, though nothing in them is marked.",
+            "Keep the beginning of long prompts as a context even without a cache mark.",
             "--implicit/--no-implicit",
             panel=_CONTEXTS,
         ),
@@ -187,7 +202,7 @@ class KeepOptions:
     min_context_tokens: Annotated[
         str,
         option(
-            "Tokens of a prompt from which on its beginning is kept without a mark.",
+            "Minimum tokens of a prompt whose beginning is kept without a mark.",
             panel=_CONTEXTS,
             metavar="SIZE",
         ),
@@ -204,7 +219,7 @@ class KeepOptions:
     max_context_bytes: Annotated[
         str | None,
         option(
-            "Most bytes of contexts in the device's memory.",
+            "Maximum bytes of contexts in the device's memory.",
             panel=_CONTEXTS,
             metavar="SIZE",
             show_default="half of what is free",
@@ -213,14 +228,17 @@ class KeepOptions:
     max_host_bytes: Annotated[
         str | None,
         option(
-            "Most bytes of contexts in host memory that have left a GPU's; 0 for none.",
+            "Maximum bytes of host memory for contexts that leave the GPU; 0 for none.",
             panel=_CONTEXTS,
             metavar="SIZE",
             show_default="a quarter of what is free",
         ),
     ] = None
     max_store_bytes: Annotated[
-        str, option("Most bytes of contexts in FOLDER.", panel=_CONTEXTS, metavar="SIZE")
+        str,
+        option(
+            "Maximum bytes of contexts in the folder of --store.", panel=_CONTEXTS, metavar="SIZE"
+        ),
     ] = "64g"
     context_ttl: Annotated[
         float | None,
@@ -234,7 +252,8 @@ class KeepOptions:
     max_conversations: Annotated[
         int,
         option(
-            "Most conversations whose next prompt computes only what is new; 0 for none.",
+            "Maximum number of conversations kept, whose next prompt computes only new tokens; 0"
+            " for none.",
             panel=_CONTEXTS,
             metavar="N",
             min=0,
@@ -284,7 +303,7 @@ ConfigFile = Annotated[
         "--config",
         metavar="FILE",
         help="TOML file with options of this command as keys, such as max-rows = 32. Options of the"
-        " command line come first.",
+        " command line take precedence.",
         rich_help_panel=_LISTEN,
         callback=_read_config,
         is_eager=True,

@@ -33,7 +33,7 @@ def warmup(
     rows: Annotated[
         int,
         option(
-            "Most answers at once: --max-rows of the server.",
+            "Maximum number of answers at once: --max-rows of the server.",
             "--rows",
             panel="Model",
             metavar="N",
@@ -42,7 +42,7 @@ def warmup(
     ] = ServeSettings.max_rows,
     quiet: Quiet = False,
 ) -> None:
-    """Compile and capture what `generate` and `serve` need, and fill the caches on disk.
+    """Compile what `generate` and `serve` need, and fill the caches on disk.
 
     Prints the folders of the caches, as the variables that set them. Later processes with the same
     model, settings, versions and kind of GPU start with what is there, also on other machines and

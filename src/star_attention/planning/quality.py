@@ -32,9 +32,9 @@ QUALITIES: dict[str, dict[str, Any]] = {
 look-back, a sink with it."""
 
 QUALITY_HELP = (
-    "Preset of the look-back: paper (none), balanced (the paper's price, better answers), or high"
-    " (looks back further, and costs more); --lookback, --lookback-layers and --anchor-size come"
-    " before it."
+    "Preset of look-back: paper (none), balanced (the cost of the paper's method, better answers),"
+    " or high (looks back further, and costs more); --lookback, --lookback-layers and --anchor-size"
+    " take precedence."
 )
 
 
