@@ -12,7 +12,9 @@ PYTEST_ARGS ?=
 # process with many threads. One more than the two cores of CI, since tests of servers, ranks and
 # time limits wait a third of their time.
 WORKERS ?= 3
-PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist loadgroup
+# No plugins but these two: others come with dependencies, and take a millisecond of every test.
+PYTEST = OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(1)/python -m pytest \
+	-p xdist -p _hypothesis_pytestplugin -n $(WORKERS) --dist loadgroup
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output
 SMOKE_OUT ?= build/eval-smoke

@@ -8,6 +8,10 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from collections.abc import Generator
+from typing import Any
+
+import pytest
 
 from tests.interpreter import quicken
 
@@ -17,6 +21,16 @@ os.environ.pop("STAR_ATTENTION_MODEL", None)
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     quicken()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Import torch and all tests without garbage collections: they take a quarter of that time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:

@@ -51,31 +51,53 @@ def bundled_model() -> PreTrainedModel:
     return _shared("the bundled model", model)
 
 
-_SHARED: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {}
-"""The models that tests share, and what they were made of."""
+class _Shared:
+    """A model that tests share, and what it was made of."""
+
+    def __init__(self, name: str, model: PreTrainedModel) -> None:
+        self.name, self.model = name, model
+        self._look()
+
+    def _look(self) -> None:
+        self._modules = list(self.model.modules())
+        kinds, forwards, children = self._now()
+        self._made_of = [kinds, forwards, [dict(each) for each in children]]
+        # No hooks: transformers installs some of its own, which stay.
+        self._parts = {
+            name: (type(module), "forward" in vars(module))
+            for name, module in self.model.named_modules()
+        }
+
+    def _now(self) -> list[list[Any]]:
+        variables = [vars(module) for module in self._modules]
+        return [
+            [type(module) for module in self._modules],
+            ["forward" in each for each in variables],
+            [each["_modules"] for each in variables],
+        ]
+
+    def changes(self) -> list[str]:
+        """Return the names of modules that have changed since the last call."""
+        # After every test, of up to seventy models: names are for what has changed.
+        if self._now() == self._made_of:
+            return []
+        before = self._parts
+        self._look()
+        names = before.keys() | self._parts
+        return sorted(name for name in names if before.get(name) != self._parts.get(name))
+
+
+_SHARED: list[_Shared] = []
 
 
 def _shared(name: str, model: PreTrainedModel) -> PreTrainedModel:
-    _SHARED[name] = model, _parts(model)
+    _SHARED.append(_Shared(name, model))
     return model
-
-
-def _parts(model: PreTrainedModel) -> dict[str, Any]:
-    # No hooks: transformers installs some of its own, which stay.
-    return {
-        name: (type(module), "forward" in vars(module)) for name, module in model.named_modules()
-    }
 
 
 def left_in_shared_models() -> list[str]:
     """Return the modules of shared models that a test has left changed; only once."""
-    found = []
-    for shared, (model, before) in _SHARED.items():
-        after = _parts(model)
-        changed = {name for name in before.keys() | after if before.get(name) != after.get(name)}
-        found += [f"{shared}: {name}" for name in sorted(changed)]
-        _SHARED[shared] = model, after
-    return found
+    return [f"{shared.name}: {name}" for shared in _SHARED for name in shared.changes()]
 
 
 def random_text_model(**sizes: Any) -> PreTrainedModel:

@@ -63,11 +63,16 @@ def test_answers_are_those_of_the_law(
     check_tiny(results, name, sizes["block_size"], sizes["anchor_size"])
 
 
-HELPED = [name for name in FAMILIES if name != "longcat_flash" and planned(name, 2, 16, 16, 16)]
+# Layers of the other families cannot be split; looking for them here would take all workers long.
+QUICK = {"llama", "olmo", "seed_oss", "minimax_m2"}
 
 
-@pytest.mark.parametrize("name", in_turn(12, HELPED))
+@pytest.mark.parametrize("name", in_turn(0, list(FAMILIES), quick=lambda name: name in QUICK))
 def test_families_are_split_between_layers(pool: Pool, name: str) -> None:
+    given = name != "longcat_flash" and planned(name, 2, 16, 16, 16)
+    if not given and name not in QUICK:
+        pytest.skip("layers of this family cannot be split")
+    assert given
     results = pool.run(answer_helped, 2, name=name, **SIZES[0])
     check_tiny(results, name, 16, 16)
 
