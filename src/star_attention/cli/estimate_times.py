@@ -216,9 +216,9 @@ def _estimate_table(schemes: list[dict[str, Estimate]]) -> str:
         "anchor local",
         "official",
         "ring",
-        "plain ring",
+        "contiguous ring",
         "ring / star",
-        "plain / star",
+        "contiguous / star",
         "ms per token",
         "in slices",
         "memory",
@@ -227,15 +227,15 @@ def _estimate_table(schemes: list[dict[str, Estimate]]) -> str:
 
 
 def _estimate_row(schemes: dict[str, Estimate]) -> tuple[str, ...]:
-    star, local, official, ring, plain = (
+    star, local, official, ring, contiguous = (
         schemes[name] for name in ("star", "star-local", "official", "ring", "ring-plain")
     )
     return (
         format_size(star.context),
         str(star.ranks),
         format_size(star.block or 0),
-        *(f"{scheme.encode_s:,.3g}" for scheme in (star, local, official, ring, plain)),
-        *(f"{scheme.encode_s / star.encode_s:.2f}" for scheme in (ring, plain)),
+        *(f"{scheme.encode_s:,.3g}" for scheme in (star, local, official, ring, contiguous)),
+        *(f"{scheme.encode_s / star.encode_s:.2f}" for scheme in (ring, contiguous)),
         f"{star.token_s * 1e3:,.3g}",
         "" if star.sliced_token_s is None else f"{star.sliced_token_s * 1e3:,.3g}",
         format_bytes(star.memory) + ("" if star.fits else " (too much)"),

@@ -49,7 +49,10 @@ def generate(
     if is_rank_0():
         queries = read_queries(answer.query, answer.query_file, context_files=files)
         if not queries:
-            raise typer.BadParameter("give a query", param_hint="--query or --query-file")
+            raise typer.BadParameter(
+                "give a query, or a file with one query per line",
+                param_hint="--query or --query-file",
+            )
         check_save_path(save)
         text = read_context(files, status.say, html_to_text=context.html_to_text)
     star = session.load_for(model, context, status, text=text)

@@ -156,11 +156,15 @@ def _times(costs: PlanCosts) -> str:
     heading = f"predicted times on {devices} of {PREDICTED_ON} (others: star-attention estimate)"
     dense = "ring attention" if costs.request.plan.ranks > 1 else "dense attention"
     rows: list[tuple[str, ...]] = [
-        ("phase 1", f"{star.encode_s:,.3g} s", f"{dense}: {ring.encode_s:,.3g} s"),
-        ("per answer token", f"{star.token_s * 1e3:,.3g} ms", _in_slices(star.sliced_token_s)),
+        ("phase 1", _time(star.encode_s), f"{dense}: {_time(ring.encode_s)}"),
+        ("per answer token", _time(star.token_s), _in_slices(star.sliced_token_s)),
     ]
     return f"{heading}\n{table(rows)}"
 
 
 def _in_slices(token_s: float | None) -> str:
-    return "" if token_s is None else f"with weights in slices: {token_s * 1e3:,.3g} ms"
+    return "" if token_s is None else f"with weights in slices: {_time(token_s)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.3g} s" if seconds >= 0.1 else f"{seconds * 1e3:,.3g} ms"

@@ -138,8 +138,8 @@ class ServeSettings:
         if self.keys is None and not self.insecure and not is_loopback(self.host):
             raise InvalidInputError(
                 f"host {quote(self.host)} can be reached from other machines, and without keys"
-                " anybody may use the model; give a key file, or listen on 127.0.0.1 (insecure"
-                " serves everybody)"
+                " anybody may use the model; give a key file (--keys), listen on 127.0.0.1, or"
+                " serve everybody with --insecure"
             )
 
 
