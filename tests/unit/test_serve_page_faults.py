@@ -176,7 +176,7 @@ def test_a_server_that_ends(chrome: Page, tmp_path: Path) -> None:
         path.write_text(DOCUMENT, encoding="utf-8")
         chrome.upload(path)
     chrome.ask("Who?")
-    chrome.wait_for(".error", "The server does not answer. Look if it still runs")
+    chrome.wait_for(".error", "The server does not answer. Check that it is running")
     chrome.find("#files").send_keys(str(path))
     chrome.wait_for("#list .error", "The upload broke off.")
 

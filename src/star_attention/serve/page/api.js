@@ -3,7 +3,7 @@
 import { $, ask } from "./dom.js";
 
 const KEY = "star-attention-key";
-const NO_ANSWER = "The server does not answer. Look if it still runs, then try again.";
+const NO_ANSWER = "The server does not answer. Check that it is running, then try again.";
 
 // Hints for errors whose message is about the API's fields, for who uses this page.
 const HINTS = {
@@ -116,7 +116,7 @@ async function request(path, { headers, ...options }) {
     if (isAbort(error)) throw error;
     if (hasKey() && /[^\x21-\x7e]/.test(sessionStorage.getItem(KEY))) {
       sessionStorage.removeItem(KEY);
-      const text = "The key has characters that no key has. Enter it again.";
+      const text = "The key has invalid characters. Enter it again.";
       throw new ApiError(text, { status: 401 });
     }
     throw new ApiError(NO_ANSWER);

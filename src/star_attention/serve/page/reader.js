@@ -87,7 +87,7 @@ export class Reader {
     $("back").hidden = false;
     const mark = this.markAt(index);
     if (mark === null) {
-      this.note("This place is not found in the text: the tokenizer writes it otherwise.");
+      this.note("This place is not found in the text: the tokenizer writes it differently.");
       return;
     }
     this.reveal(index);

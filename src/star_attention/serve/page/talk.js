@@ -6,10 +6,10 @@ import { $, announce, el, errorBox, number, percent } from "./dom.js";
 import { rendered } from "./markdown.js";
 import { copyText, showRequest } from "./requests.js";
 
-const HINT = "Enter asks. Shift+Enter starts a line.";
+const HINT = "Enter asks. Shift+Enter starts a new line.";
 const OF_ALL = " of the attention";
 const SHARE = "Share of the model's attention to the document";
-const BUSY = "An answer is under way. Wait for it, or stop it.";
+const BUSY = "An answer is running. Wait for it, or stop it.";
 const NEAR_PX = 80; // from the end, within which a conversation is scrolled along
 
 // `goTo(item, sources, index, from)` shows a source; `marked(item, sources)` marks all of an
