@@ -14,8 +14,8 @@ const PLACES = {
   cold: "read again when asked",
 };
 const BROKEN =
-  "The upload was interrupted. The file may be larger than the server takes (--max-body), or the server" +
-  " has stopped.";
+  "The upload was interrupted. The file may be larger than the server takes (--max-body), or the" +
+  " server has stopped.";
 const UNDER_WAY = ["queued", "encoding"];
 
 // Calls `chosen(document)` when another one is chosen, or the chosen one has changed, and
