@@ -97,7 +97,7 @@ def check_max_new_tokens(tokens: Any) -> None:
 class StarSettings(TypedDict, total=False):
     """The fields of `StarConfig` as keywords, for editors and type checkers.
 
-    Sizes may be written as `"4k"` or `"1m"`. `quality` is no field, but stands for some.
+    Sizes may be written as `"4k"` or `"1m"`. `quality` is not a field, but a preset of several.
     """
 
     quality: str | None

@@ -53,10 +53,9 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         tokenizer: its tokenizer; not needed when only token ids go in and out.
         config: settings as one object. Keywords override its fields.
         compile: run layers through torch.compile and forwards of few tokens as CUDA graphs. None
-            does so on one process with a GPU and Triton, False never. Answers are the same, up to
-            rounding.
-        comm: None takes torchrun's ranks where there are several, "solo" one process whatever the
-            environment says; or a `TorchComm` of your own.
+            does so on a GPU with Triton, False never. Answers are the same, up to rounding.
+        comm: None takes torchrun's ranks if there are several, "solo" runs a single process
+            whatever the environment says; or a `TorchComm` of your own.
         settings: fields of `StarConfig`.
 
     Attributes:
@@ -218,7 +217,7 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         chat_template_kwargs: dict[str, Any] | None = None,
         reuse: EncodedContext | None = None,
     ) -> EncodedContext | list[EncodedContext]:
-        """Encode a context (phase 1).
+        """Encode a context (phase 1, prefill): compute and keep the keys and values of its tokens.
 
         Args:
             content: text (its last tokens wait for the query where they depend on it), token ids,
@@ -328,15 +327,15 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
     def generate(self, context: Asked, query: Any = None, **settings: Any) -> Any: ...
 
     def generate(self, context: Asked, query: Any = None, **settings: Any) -> Any:
-        """Answer a query on a context (phase 2). The context is left as it was.
+        """Answer a query on a context (phase 2, decode). The context does not change.
 
         Args:
-            context: the context to ask; or an answer that was asked for with keep=True, or its
-                `conversation`, for the next query after it.
+            context: the context to ask; or an answer that was generated with keep=True, or its
+                `conversation`, to ask the next query after it.
             query: text (tokenized together with the end of the context), token ids, chat messages,
-                what `prepare` returned, or a list of queries, answered as one batch: up to
-                rounding (in bfloat16 a near tie may turn), as each would be alone. May be left out
-                where chat messages came with their question.
+                what `prepare` returned, or a list of queries, answered as one batch; each gets the
+                answer that it would get alone, up to rounding (in bfloat16 a near tie may turn out
+                differently). May be left out where chat messages came with their question.
             settings: those of `GenerationSettings` (max_new_tokens, seed, stop, ...), and every
                 argument of transformers' `GenerationConfig` about search and sampling (do_sample,
                 temperature, top_p, num_beams, ...). They override the model's own defaults. An
@@ -388,8 +387,8 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
     def logits(self, context: EncodedContext, continuation: TextOrIds) -> Tensor | None:
         """Return the logits of every token of a continuation.
 
-        A text is tokenized together with the end of the context; of tokens that hold text of both
-        there are rows, too.
+        A text is tokenized together with the end of the context; tokens that hold text of both have
+        rows, too.
 
         Returns:
             fp32 `[tokens, vocabulary]` on rank 0: row i is the distribution of token i + 1. None on

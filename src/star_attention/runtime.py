@@ -337,7 +337,7 @@ class RuntimeView(Transient):
     def context_bytes(self, context_tokens: int | str, kv_dtype: str | None = None) -> int:
         """Return the bytes of the keys and values of a context, on all ranks together.
 
-        So much memory does a context take, and its saved file: 8 bytes per token more, for ids.
+        A context takes this much memory, and its saved file 8 bytes more per token, for its id.
 
         Args:
             context_tokens: length of the context, as a number or like "128k".

@@ -183,7 +183,7 @@ _HEADER_WITHIN = 1024
 
 
 def is_late_pdf(data: bytes) -> bool:
-    """True for what is no text, and has the header of a PDF near its beginning."""
+    """True for what is not text, and has the header of a PDF near its beginning."""
     return re.search(rb"%PDF-\d\.\d", data[:_HEADER_WITHIN]) is not None
 
 

@@ -30,7 +30,7 @@ Ask = Callable[["Conversation", Any, dict[str, Any]], Any]
 class Conversation(Transient):
     """A context with the turns that followed it; `generate` and `stream` take it like a context.
 
-    Answers that were asked for with `keep=True` have one. Nothing changes it: it can be continued
+    Answers generated with `keep=True` have one. It never changes, so that it can be continued
     any number of times, in different directions. It keeps the keys and values of all queries and
     answers in memory, `nbytes` of them, so that the next turn computes only what is new. The
     memory is free when the conversation is dropped, or after `forget`.

@@ -74,7 +74,7 @@ def reused_key(runtime: Runtime, context: Any) -> int | None:
     """Return the key of a context whose blocks are to be reused; None for no context.
 
     Raises:
-        InvalidInputError: it is no context, or of a method whose blocks cannot be reused.
+        InvalidInputError: it is not a context, or of a method whose blocks cannot be reused.
         ContextMismatchError: another model encoded it.
     """
     if context is None:

@@ -68,7 +68,7 @@ class FollowCalls:
                     _log.info("%s failed on rank %d", call[0], comm.rank, exc_info=True)
 
     def close(self: Any) -> None:
-        """Let the ranks that follow go: `follow` returns there. On rank 0; elsewhere no change.
+        """Release the ranks that follow: `follow` returns there. Only rank 0's call has an effect.
 
         The engine stays as it is. Calls that come after need the other ranks again: in `follow`, or
         in the same calls.

@@ -166,7 +166,7 @@ class Generation:
     def message(self) -> dict[str, Any]:
         """The answer as a message of a chat, with its calls of tools.
 
-        A query of a conversation that begins with it gives the tools' results after it.
+        To give the results of tools, begin the next query of the conversation with it.
         """
         content = self.text if self.content is None else self.content
         message: dict[str, Any] = {"role": "assistant", "content": content}
@@ -177,10 +177,10 @@ class Generation:
         return message
 
     def continue_with(self, query: Any = None, **settings: Any) -> Any:
-        """Answer the next query of the conversation; of an answer that was asked for with `keep`.
+        """Answer the next query of the conversation. This answer must be generated with `keep`.
 
-        Earlier turns keep their keys and values, so that only new tokens are computed. The
-        answer is kept in turn. This one stays: it can be continued in other directions, too.
+        Earlier turns keep their keys and values, so that only new tokens are computed. The new
+        answer is kept, too. This one does not change, and can be continued in other directions.
         `StarLLM.stream(reply, query)` does the same piece by piece.
 
         Args:
@@ -279,7 +279,7 @@ Asked = EncodedContext | Conversation | Generation
 def talk_after(asked: Any, ask: Ask) -> Conversation:
     """Return the conversation that a query follows; on a context one without turns.
 
-    `ask` answers the queries after it. `Runtime.check_context` refuses what is no context.
+    `ask` answers the queries after it. `Runtime.check_context` refuses what is not a context.
     """
     if isinstance(asked, Conversation):
         return asked

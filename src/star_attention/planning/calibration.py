@@ -121,7 +121,7 @@ class Calibration:
         """Read a file that `star-attention calibrate` wrote.
 
         Raises:
-            InvalidInputError: it cannot be read, or is no calibration.
+            InvalidInputError: it cannot be read, or is not a calibration.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise InvalidInputError(

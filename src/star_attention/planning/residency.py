@@ -59,7 +59,7 @@ def check_share(share: Any, kv_device: str | None) -> float:
     """Return the setting `kv_resident` as a number.
 
     Raises:
-        InvalidInputError: it is no share, or has no effect.
+        InvalidInputError: it is not a share, or has no effect.
     """
     try:
         number = None if isinstance(share, bool) else float(share)

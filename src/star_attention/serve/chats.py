@@ -24,7 +24,7 @@ class _Opened:
 
     Attributes:
         of: the content.
-        other: one with messages in its place; None where it has them, or is no chat.
+        other: one with messages in its place; None where it has them, or is not a chat.
         chat: the chat; None for what is none.
         nbytes: about the bytes of the last two, with those that are the content's own.
     """

@@ -189,7 +189,7 @@ class Cutter:
     def _long_enough(self, piece: Piece, ask: Ask) -> Piece:
         """Return what nobody named: kept if it may be, or else for this request alone.
 
-        A short one is no context at all.
+        A short one is not a context.
         """
         content, least = piece.content, self._settings.min_context_tokens
         if content is None or len(content) < max(least, 1):

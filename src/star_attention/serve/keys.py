@@ -31,7 +31,7 @@ class Keys:
         """Read a file with a key per line: `name:key`, or `name:sha256:HEX`; `#` begins a comment.
 
         Raises:
-            InvalidInputError: a file that cannot be read, or a line that is no key.
+            InvalidInputError: a file that cannot be read, or a line that is not a key.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")

@@ -32,7 +32,7 @@ _SHARE = 100
 class Lanes:
     """Threads in which texts become token ids, each with a tokenizer of its own.
 
-    A tokenizer is no place for two threads, and a book is not to keep a short question waiting.
+    A tokenizer takes one thread at a time, and a book must not keep a short question waiting.
     Nobody knows how long a chat template takes: few characters are read in the event loop as long
     as others of their kind were quick, and not the first ones.
 

@@ -138,7 +138,7 @@ class Batch(Transient):
 
     Rows join and leave between steps: a row that is added while others run takes part in the next
     step, and one that ends makes room for the next that waits. Nothing runs by itself: `step`,
-    iteration over the batch, and a row's `result` or pieces do the work. One thread is to use it.
+    iteration over the batch, and a row's `result` or pieces do the work. Use it from one thread.
     A row's answer is the one that `generate` would give, up to rounding, whatever runs beside it.
     """
 
@@ -344,10 +344,10 @@ class BatchCalls:
         """Make a batch: answers that share decode steps, and join and leave between them.
 
         Args:
-            max_rows: most rows that run at once; others wait for their turn.
+            max_rows: maximum number of rows that run at once; others wait for their turn.
 
         Raises:
-            InvalidInputError: no such number of rows, or a rank other than 0.
+            InvalidInputError: `max_rows` is below 1, or the rank is not 0.
         """
         runtime: Runtime = self.runtime
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:

@@ -107,7 +107,7 @@ def check_tokenizer(model: ModelFiles) -> None:
     """Check that the file of a tokenizer that lies here is whole.
 
     Raises:
-        ModelNotFoundError: it is no JSON.
+        ModelNotFoundError: it is not JSON.
     """
     folder = model.tokenizer_folder
     file = folder / "tokenizer.json" if folder is not None else None

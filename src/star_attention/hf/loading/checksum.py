@@ -2,7 +2,7 @@
 
 A tensor's bytes, as 64-bit words in rows, are multiplied with fixed odd numbers and summed modulo
 2^64: as fast as memory on a CPU and a GPU, with the same result on both. SHA-256 covers the sums of
-all rows. This notices every change but a forged one: it tells models apart, and is no signature.
+all rows. This notices every change but a forged one: it tells models apart, and is not a signature.
 
 Axes: R rows, C words of a row.
 """

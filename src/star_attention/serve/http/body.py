@@ -119,7 +119,7 @@ def parsed(data: bytes, param: str | None = None) -> Any:
         param: the field's name; None for the body.
 
     Raises:
-        Problem: it is no JSON, or too deep.
+        Problem: it is not JSON, or too deep.
     """
     try:
         # Not by the parser, which guesses other encodings.

@@ -1,4 +1,4 @@
-"""Every answer that is no success, in the envelope that OpenAI's clients read."""
+"""Every answer that is not a success, in the envelope that OpenAI's clients read."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ async def read_upload(request: Request, limit: int) -> Upload:
 
     Raises:
         Problem: 413 for a body beyond the limit, 400 for a form without a file.
-        TextError: it is no text.
+        TextError: it is not text.
     """
     check_length(request, limit)
     limited = Request(request.scope, _limited(request, limit))
@@ -76,7 +76,7 @@ def text_of(data: bytes, name: str) -> str:
     """Return the text of a file's bytes; documents need the extra `documents`.
 
     Raises:
-        TextError: it is no text.
+        TextError: it is not text.
     """
     kind = documents.document_kind(data)
     return decode(data, name) if kind is None else documents.document_text(data, kind, name)
