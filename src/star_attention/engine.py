@@ -371,7 +371,8 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         """Answer one query piece by piece.
 
         Pieces are whole characters; text that may begin a stop string is held back. The stream's
-        `result` is the `Generation`.
+        `result` is the `Generation`. A model that has changed since it encoded the context is
+        refused in place of the first piece.
 
         Args:
             context, query, settings: as for `generate`.

@@ -11,7 +11,9 @@ forward, T tokens of an answer and all before it, L context tokens, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,9 +31,9 @@ from star_attention.storage.transfers import send
 OWN_LOOP_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Modes that run in our own loop; transformers runs all others."""
 
-GO_ON, LAST, CLOSED, SUSPENDED = range(4)
+GO_ON, LAST, CLOSED, SUSPENDED, REFUSED = range(5)
 """Flags of packets: tokens that more may follow; the last tokens; no tokens, the answers have
-ended; no tokens for now, rank 0 is in another call."""
+ended; no tokens for now, rank 0 is in another call; no tokens, but an error that follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +153,19 @@ class Leader(Decoding):
         request: the request on this rank.
         program: what rank 0 decided about it.
         processing: what becomes of the scores.
+        check: raises an error if the model is not the one that encoded the context; None where
+            nothing is to be checked.
     """
 
-    def __init__(self, request: Request, program: Program, processing: Processing) -> None:
+    def __init__(
+        self,
+        request: Request,
+        program: Program,
+        processing: Processing,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(request, program)
+        self._check = check
         self._processing, self._device = processing, request.handle.device
         self._text: Text | None = None
         self._ended_R = torch.zeros(self._rows, dtype=torch.bool, device=self._device)
@@ -165,10 +176,31 @@ class Leader(Decoding):
         self._values: list[int] = []
         self._all_ended = False
 
+    def _read_queries(self) -> None:
+        try:
+            super()._read_queries()
+        except Exception:
+            if self._check is not None:
+                # A changed model may be the reason.
+                self._check()
+            raise
+
+    def _check_model(self) -> None:
+        """Check the model before the first token; all ranks raise the error."""
+        check, self._check = self._check, None
+        if check is None:
+            return
+        try:
+            check()
+        except Exception as error:
+            self._send_flag(REFUSED)
+            self._comm.run_on_rank_0(partial(_raise, error))
+
     @torch.no_grad()
     def step(self) -> Step:
         """Draw the next token of each row; `settle` is to follow."""
         self._catch_up()
+        self._check_model()
         logits_RV = self._logits_RV
         assert logits_RV is not None and not self.finished
         # On the way before the packet, it has arrived when the packet has.
@@ -286,6 +318,8 @@ class Follower(Decoding):
         with self._comm.waiting():
             values = copied.wait()
         flag = values.pop()
+        if flag == REFUSED:
+            self._comm.run_on_rank_0(lambda: None)
         step = Step(tokens=values[:rows], ended=[bool(value) for value in values[rows:]])
         if flag in (GO_ON, LAST):
             self.tokens = number
@@ -296,3 +330,7 @@ class Follower(Decoding):
                 self._undo()
             self._due_R1 = None
         return flag, step
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -34,7 +34,7 @@ from star_attention.planning.plan import BlockPlan
 from star_attention.planning.positions import Positions
 from star_attention.planning.short import chosen_plan
 from star_attention.planning.sizes import parse_size
-from star_attention.storage.context import EncodedContext, RankStats
+from star_attention.storage.context import EncodedContext, RankStats, check_place
 from star_attention.storage.transient import Transient
 
 
@@ -48,6 +48,7 @@ class Runtime(Transient):
         comm: the ranks that share the work.
         source: how the model was named to `StarLLM.from_pretrained`; None if it was not.
         key: names the model to the other ranks.
+        identities: what contexts depend on.
     """
 
     source: dict[str, Any] | None = None
@@ -58,7 +59,7 @@ class Runtime(Transient):
 
     def __init__(self, handle: ModelHandle, tokenizer: Any, config: StarConfig, comm: Comm) -> None:
         self.handle, self.tokenizer, self.config, self.comm = handle, tokenizer, config, comm
-        self._identities = Identities(handle.model, handle.outer)
+        self.identities = Identities(handle.model, handle.outer)
         # Shared with the engines of `with_config`, so that one of them warns.
         self._warned: set[str] = set()
 
@@ -188,11 +189,11 @@ class Runtime(Transient):
 
         Weights are read again where they show signs of a change (`hf.loading.fingerprint`).
         """
-        return self._identities.of(self.tokenizer)
+        return self.identities.of(self.tokenizer)
 
     def identity_within(self, seconds: float) -> dict[str, Any]:
         """Return `identity`, with all weights read again if that takes no longer than `seconds`."""
-        return self._identities.of(self.tokenizer, within_s=seconds)
+        return self.identities.of(self.tokenizer, within_s=seconds)
 
     def check_context(self, context: EncodedContext) -> None:
         """Raise an error unless this model, or an equal one, encoded the context.
@@ -201,24 +202,8 @@ class Runtime(Transient):
             InvalidInputError: another type, or a context on another mesh.
             ContextMismatchError: another model, precision, tokenizer or set of adapters.
         """
-        if not isinstance(context, EncodedContext):
-            raise InvalidInputError(
-                f"context: expected an EncodedContext, got {type(context).__name__};"
-                " call encode first"
-            )
-        other, own = ((c.cp_size, c.tp_size) for c in (context.comm, self.comm))
-        if other != own:
-            raise InvalidInputError(
-                f"the context lies on a mesh of {other[0]} x {other[1]} ranks (context x tensor"
-                f" parallel), this engine runs on {own[0]} x {own[1]}; save it and load it with"
-                " this engine"
-            )
-        same_model = context.model is not None and context.model() is self.handle.model
-        if same_model and context.model_state == identity.state(self.handle.outer):
-            current: dict[str, Any] = {"tokenizer": self._identities.of_tokenizer(self.tokenizer)}
-        else:
-            current = self.identity
-        identity.check("the context", context.identity, current)
+        check_place(context, self.comm)
+        self.identities.check(context, self.tokenizer)
 
     @property
     def positions(self) -> Positions:

@@ -91,7 +91,12 @@ class WorldControl:
             if self.streams.active is not stream:
                 self._suspend_active("another stream")
                 self._resume(stream, closing)
-            yield
+            try:
+                yield
+            except BaseException:
+                # Nobody goes on with it.
+                self.streams.active = None
+                raise
             if stream.ended or stream.is_suspended:
                 self.streams.active = None
             elif self.rank == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,22 @@ from star_attention.hf.text.tokens import is_several
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.planning.sizes import counted
 from star_attention.runtime import Runtime
-from star_attention.storage.context import EncodedContext
+from star_attention.storage.context import EncodedContext, check_place
+
+
+def later_check(runtime: Runtime, context: EncodedContext) -> Callable[[], None] | None:
+    """Do of `Runtime.check_context` what comes before a forward on a context; return the rest.
+
+    Looking at all weights takes milliseconds, in which a device works if the rest is called once
+    the forward has been issued. None where nothing is left to look at.
+
+    Raises:
+        InvalidInputError, ContextMismatchError: as `Runtime.check_context`; so may the rest.
+    """
+    check_place(context, runtime.comm)
+    if runtime.handle.is_frozen:
+        return None
+    return runtime.identities.later_check(context, runtime.tokenizer, runtime.device)
 
 
 def prepared(
@@ -34,6 +49,8 @@ def prepared(
 ) -> Prepared:
     """Return checked queries on a context, with the settings of their answers.
 
+    The model is not compared with the one that encoded the context.
+
     Args:
         runtime: the engine's.
         context: the context to ask.
@@ -41,8 +58,6 @@ def prepared(
         options: keywords of `generate`.
         turns: those of a conversation before the queries.
     """
-    if not runtime.handle.is_frozen:
-        runtime.check_context(context)
     prepared = _prepared(runtime, context, query, options, turns)
     assert prepared.settings is not None, "rank 0 prepares"
     vocab_size = runtime.handle.vocab_size

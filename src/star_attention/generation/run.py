@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,6 +121,7 @@ class GenerationRun:
         number: int,
         finder: SourceFinder | None = None,
         keeper: LeadingKeeper | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Begin the call.
 
@@ -133,6 +134,7 @@ class GenerationRun:
             number: the call's number on all ranks.
             finder: finds the answers' sources; None for none.
             keeper: keeps the answers for a next turn; None to keep none.
+            check: what is left to check of the model once the queries' forward has been issued.
         """
         self._clock = Clock(request.handle.device)
         self._comm, self.number = request.comm, number
@@ -152,6 +154,7 @@ class GenerationRun:
         if settings.uses_own_loop:
             program = request.program(settings.answers_per_query)
             self.program = replace(program, keeps=keeper is not None)
+        self._check = check
         self._leader: phase2.Leader | None = None
         prompts = [prompt for prompt in request.queries for _ in range(settings.answers_per_query)]
         self._answers = settings.text.answers(reading, prompts)
@@ -200,7 +203,7 @@ class GenerationRun:
         # transformers makes its logits processors in here.
         with translate_generation_errors():
             self._leader = leader = phase2.Leader(
-                self._request, self.program, processing.of(self._request)
+                self._request, self.program, processing.of(self._request), self._check
             )
         while not leader.finished:
             step = leader.step()

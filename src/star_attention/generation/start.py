@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,7 +127,14 @@ def _leading_runs(
     talk = talk_after(asked, ask_with(runtime))
     context = talk.context
     options = {"keep": True} | options if talk.turns else options
-    prepared = requests.prepared(runtime, context, query, options, talk.turns)
+    check = requests.later_check(runtime, context)
+    try:
+        prepared = requests.prepared(runtime, context, query, options, talk.turns)
+    except Exception:
+        if check is not None:
+            # A changed model or tokenizer may be the reason.
+            check()
+        raise
     settings = prepared.settings
     assert settings is not None, "rank 0 prepares"
     groups = [prepared]
@@ -147,10 +154,11 @@ def _leading_runs(
         )
     for number, group in enumerate(groups, start=1):
         if not (streamed or talk.turns) and serves(runtime, context, group):
-            rows = RowsRun(runtime, context, group, runtime.comm.streams.new_number())
+            rows = RowsRun(runtime, context, group, runtime.comm.streams.new_number(), check)
             yield Start(key=context.key, number=rows.number, shape=rows.shape), rows
             continue
-        run, kept = _leading_run(runtime, talk, group)
+        # The first run's check is of the whole call.
+        run, kept = _leading_run(runtime, talk, group, check if number == 1 else None)
         if streamed and (run.program is None or run.shape.answers_per_query > 1):
             raise InvalidInputError(
                 "a stream is one answer by greedy search or sampling; use generate for beams and"
@@ -179,9 +187,15 @@ def ask_with(runtime: Runtime) -> Ask:
 
 
 def _leading_run(
-    runtime: Runtime, talk: Conversation, prepared: Prepared
+    runtime: Runtime,
+    talk: Conversation,
+    prepared: Prepared,
+    check: Callable[[], None] | None,
 ) -> tuple[GenerationRun, KeptTail | None]:
-    """Return a run on rank 0, and what it takes over from earlier turns."""
+    """Return a run on rank 0, and what it takes over from earlier turns.
+
+    `check` is what is left to check of the model.
+    """
     settings, context = prepared.settings, talk.context
     assert settings is not None, "rank 0 prepares"
     kept, kept_tokens = None, 0
@@ -190,6 +204,9 @@ def _leading_run(
     request = requests.for_answers(
         runtime, context, prepared.prompts, settings, kept=kept, kept_tokens=kept_tokens
     )
+    if check is not None and not (settings.uses_own_loop and request.is_ready):
+        check()
+        check = None
     run = GenerationRun(
         request,
         settings,
@@ -206,6 +223,7 @@ def _leading_run(
         keeper=LeadingKeeper.of(
             talk, prepared.queries, settings, runtime.tokenizer, ask_with(runtime)
         ),
+        check=check,
     )
     return run, kept
 

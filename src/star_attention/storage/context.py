@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed import Comm, SoloComm
+from star_attention.errors import InvalidInputError
 from star_attention.planning import html
 from star_attention.planning.lookback import described
 from star_attention.planning.plan import BlockPlan
@@ -330,3 +331,22 @@ def save_context(
     with comm.collective("save", about=context.key):
         folder: str = comm.run_on_rank_0(lambda: str(target()))
         writing.write_shared(folder, header, place, context._tensors(), comm)
+
+
+def check_place(context: Any, comm: Comm) -> None:
+    """Check that something is a context, on the ranks that are to use it.
+
+    Raises:
+        InvalidInputError: it is not.
+    """
+    if not isinstance(context, EncodedContext):
+        raise InvalidInputError(
+            f"context: expected an EncodedContext, got {type(context).__name__}; call encode first"
+        )
+    other, own = ((c.cp_size, c.tp_size) for c in (context.comm, comm))
+    if other != own:
+        raise InvalidInputError(
+            f"the context lies on a mesh of {other[0]} x {other[1]} ranks (context x tensor"
+            f" parallel), this engine runs on {own[0]} x {own[1]}; save it and load it with"
+            " this engine"
+        )

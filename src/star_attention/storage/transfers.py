@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,3 +33,33 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 def overwrite(target: Tensor, values: Tensor) -> None:
     """Copy numbers from the host into a tensor, without waiting for its device."""
     target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
+
+
+class Beside:
+    """Work on a device that does not wait for what is issued after this object was made.
+
+    It sees what was written to the device's memory before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, None
+        if device.type == "cuda":
+            self._before = torch.cuda.Event()
+            self._before.record(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Issue the work of this block; all of it has to be waited for in the block."""
+        if self._before is None:
+            yield
+            return
+        stream = _beside(self._device)
+        stream.wait_event(self._before)
+        with torch.cuda.stream(stream):
+            yield
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of small work on a device, which goes first where both are ready."""
+    return torch.cuda.Stream(device, priority=-1)

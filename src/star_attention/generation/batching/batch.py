@@ -199,6 +199,8 @@ class Batch(Transient):
         """Make a row for the query after a conversation, or after a context without turns."""
         runtime, context = self._runtime, talk.context
         options = {"keep": True} | options if talk.turns else options
+        if not runtime.handle.is_frozen:
+            runtime.check_context(context)
         prepared = requests.prepared(runtime, context, query, options, talk.turns)
         settings = _check_single(prepared)
         runtime.positions.check_room(

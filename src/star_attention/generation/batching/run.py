@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from star_attention.errors import OutOfMemoryError
@@ -54,10 +54,16 @@ class RowsRun:
         context: the context to ask.
         prepared: the queries, with the settings of their answers.
         number: the call's number.
+        check: what is left to check of the model once the first forward has been issued.
     """
 
     def __init__(
-        self, runtime: Runtime, context: EncodedContext, prepared: Prepared, number: int
+        self,
+        runtime: Runtime,
+        context: EncodedContext,
+        prepared: Prepared,
+        number: int,
+        check: Callable[[], None] | None = None,
     ) -> None:
         assert prepared.settings is not None, "rank 0 prepares"
         self.settings: ResolvedSettings = prepared.settings
@@ -71,7 +77,13 @@ class RowsRun:
         # Sources are found for all answers at once.
         lead = Lead(runtime.comm)
         self._tasks = list(tasks_of(runtime, context, prepared, lead, with_sources=False))
-        self._scheduler = Scheduler(runtime, len(self._tasks), lead)
+        first = self._tasks[0].request
+        assert first is not None, "it has not begun"
+        if check is not None and not first.is_ready:
+            check()
+            check = None
+        self._check = check
+        self._scheduler = Scheduler(runtime, len(self._tasks), lead, check)
         self._peak_bytes: int | None = None
         self._sources: list[tuple[Source, ...]] | None = None
         self._sources_s: float | None = None
@@ -98,6 +110,9 @@ class RowsRun:
 
     def _raise_fault(self) -> None:
         error = next((task.error for task in self._tasks if task.error is not None), None)
+        if error is not None and self._check is not None:
+            # A changed model may be the reason.
+            self._check()
         if isinstance(error, OutOfMemoryError):
             message = out_of_memory(
                 len(self._tasks), len(self._context), self._runtime.tokens_per_forward

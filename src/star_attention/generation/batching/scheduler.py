@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from star_attention.errors import release_frames
 from star_attention.generation.batching.answer import CANCELED
@@ -23,11 +23,19 @@ class Scheduler:
         runtime: the engine's.
         max_rows: most rows that run at once.
         lead: tells the other ranks.
+        check: what is left to check of the model once the first forward has been issued. Its error
+            is that of all rows.
     """
 
-    def __init__(self, runtime: Runtime, max_rows: int, lead: Lead) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        max_rows: int,
+        lead: Lead,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.max_rows = max_rows
-        self._runtime, self._lead = runtime, lead
+        self._runtime, self._lead, self._check = runtime, lead, check
         self._waiting: deque[RowTask] = deque()
         self._cohorts: dict[Hashable, Cohort] = {}
 
@@ -124,6 +132,9 @@ class Scheduler:
                 return [(tasks[0], Delta())]
             release_frames(error)
             return [event for task in tasks for event in self._begin([task])]
+        check, self._check = self._check, None
+        if check is not None:
+            check()
         kind = tasks[0].kind
         key = ("alone", tasks[0].number) if kind is None else kind
         if key not in self._cohorts:

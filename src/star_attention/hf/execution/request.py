@@ -219,6 +219,11 @@ class Request:
         graphs = self.handle.graphs
         return graphs if graphs is not None and graphs.serve(self.shard, self.comm) else None
 
+    @property
+    def is_ready(self) -> bool:
+        """False if graphs are to be captured of the model as it is now: it may have changed."""
+        return self.graphs is None or bool(self.graphs.captured)
+
     def forward(self, ids_RQ: Tensor, positions_RQ: Tensor, cache: AnswerCache) -> Tensor | None:
         """Run a forward of new tokens, by a CUDA graph if one fits.
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from star_attention.hf.loading import fingerprint, identity, tensor_parallel
+from star_attention.storage.context import EncodedContext
+from star_attention.storage.transfers import Beside
 
 
 class Identities:
@@ -38,6 +42,42 @@ class Identities:
         if self._of_model is None or self._of_model[0] != state or fresh:
             self._of_model = (state, self._compute(fresh=fresh))
         return self._of_model[1] | {"tokenizer": self.of_tokenizer(tokenizer)}
+
+    def check(self, context: EncodedContext, tokenizer: Any) -> None:
+        """Raise `ContextMismatchError` unless this model, as it is, could have encoded a context.
+
+        Args:
+            context: the context.
+            tokenizer: the tokenizer of its queries, or None.
+        """
+        if self._encoded(context) and context.model_state == identity.state(self._outer):
+            current: dict[str, Any] = {"tokenizer": self.of_tokenizer(tokenizer)}
+        else:
+            current = self.of(tokenizer)
+        identity.check("the context", context.identity, current)
+
+    def later_check(
+        self, context: EncodedContext, tokenizer: Any, device: torch.device
+    ) -> Callable[[], None] | None:
+        """Return what makes the same check once a forward on the context has been issued.
+
+        Its look at weights does not wait for the device. None where the check was made here: of
+        another model's context, which a forward may not even be able to read.
+        """
+        if not self._encoded(context):
+            self.check(context, tokenizer)
+            return None
+        beside = Beside(device)
+
+        def check() -> None:
+            with beside.running():
+                self.check(context, tokenizer)
+
+        return check
+
+    def _encoded(self, context: EncodedContext) -> bool:
+        """True for a context of this model, which may have changed since."""
+        return context.model is not None and context.model() is self._model
 
     def of_tokenizer(self, tokenizer: Any) -> str | None:
         """Return the identity of a tokenizer, None without one."""
