@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -114,3 +116,21 @@ def change_shape(comm: TorchComm) -> str:
 def test_a_forward_that_fails_by_a_change_is_refused_for_it_on_all_ranks(pool: Pool) -> None:
     for message in pool.run(change_shape, 2):
         assert "the context does not fit: it differs in weights" in message
+
+
+def drop_refused(comm: TorchComm) -> bool:
+    """Return True if keys and values are freed that a refused call was about."""
+    star = new_engine(comm, is_ahead=False)
+    context = star.encode(STORY)
+    with torch.no_grad():
+        star.model.get_decoder().layers[1].mlp.up_proj.weight.mul_(1.5)
+    refused(star, "a query", context)
+    stored = weakref.ref(context.kv)
+    del context
+    gc.collect()
+    return stored() is None
+
+
+def test_a_refused_call_keeps_nothing(pool: Pool) -> None:
+    """Forbids to hold the error, and by its traceback the context, until the next one."""
+    assert pool.run(drop_refused, 2) == [True, True]

@@ -161,7 +161,7 @@ class Comm(Control, Collectives, Progress, Protocol):
         one_host: True if all ranks are of one host, each with a GPU of its own or sockets to the
             others.
         is_asynchronous: True if collectives run on the device, without waiting for Python.
-        shared_error: the last exception that all ranks raised in the same place.
+        shared_error: an exception of this call that all ranks raise in the same place.
     """
 
     rank: int

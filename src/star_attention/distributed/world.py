@@ -51,7 +51,7 @@ class World:
     Attributes:
         broken: why the ranks cannot continue; every further call raises it.
         early_message: a message that was received, but belongs to the next call.
-        shared_error: the last exception that every rank raises by itself.
+        shared_error: an exception of this call that every rank raises by itself.
         contexts, engines: what all ranks hold parts of.
         followers: the ranks that follow rank 0.
         pauses: those between two pieces of a stream.
@@ -218,6 +218,8 @@ class World:
                 raise
             finally:
                 self.in_call, self.last_call = False, where
+                # Its traceback holds what the call was about.
+                self.shared_error = None
                 self.watchdog.set_state(self._resting)
                 self.watchdog.tick(BETWEEN_CALLS)
 
