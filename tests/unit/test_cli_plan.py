@@ -40,7 +40,10 @@ def test_plan_counts_a_second_look(bare_config: Path) -> None:
     assert (plain["second_look"], look["second_look"]) == (0, 0.1)
     assert plain["flops"]["second_look"]["total"] == 0 < look["flops"]["second_look"]["total"]
     assert look["memory"]["total"] - plain["memory"]["total"] == look["memory"]["kv"]
-    assert "once more" in ok(*command, "--second-look", "0.1").out
+    shown = ok(*command, "--second-look", "0.1", "--quality", "balanced").out
+    assert "once more" in shown
+    (row,) = (line for line in shown.splitlines() if "second look " in line and "FLOP" in line)
+    assert len(re.split(r" {2,}", row.strip())) == 2, "the other methods have none"
     assert "second look" not in ok(*command).out
     assert failed(*command, "--second-look", "2").startswith(
         "error: second_look 2.0 is not a share"
@@ -169,6 +172,15 @@ def test_plan_with_lookback_shows_what_blocks_see_and_what_the_paper_costs(
     fp8 = json.loads(ok("plan", "-m", bare_config, *sizes, "--kv-dtype", "fp8", "--json").out)
     recent = 2 * 2048 + 2048
     assert fp8["memory"]["working"] - plan["memory"]["working"] == recent * 5 * 2 * 2 * 64 * 2
+
+
+def test_plan_says_what_ranks_that_look_back_send(bare_config: Path) -> None:
+    sizes = ["-m", bare_config, "--context", "16k", "--block-size", "2k", "--ranks", "2"]
+    remark, blocks = "the anchor to every rank", ", and blocks to those that look back to them"
+    for quality, expected in (("paper", remark), ("balanced", remark + blocks)):
+        shown = ok("plan", *sizes, "--no-balance-ranks", "--quality", quality).out
+        (row,) = (line for line in shown.splitlines() if remark in line)
+        assert row.endswith(expected)
 
 
 def test_plan_refuses_layers_that_the_model_does_not_have(bare_config: Path) -> None:

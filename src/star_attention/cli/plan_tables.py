@@ -103,7 +103,9 @@ def _operations(costs: PlanCosts) -> str:
         rows.append(("  busiest device", _flop(costs.star_busiest), *[""] * (len(columns) - 1)))
     rows.append(("phase 2", *(_flop(costs.answers.total) for _ in columns)))
     if request.second_look:
-        rows.append(("  second look", *(_flop(costs.second_look.total) for _ in columns)))
+        # The other methods have none, and without look-back it would see more.
+        rest = [""] * (len(columns) - 1)
+        rows.append(("  second look", _flop(costs.second_look.total), *rest))
     answers = f"{request.queries} x ({request.query_tokens:,} + {request.answer_tokens:,}) tok"
     heading = f"operations (phase 2: {answers}, the same for each)\n"
     return heading + table(rows) + _helped(costs)
@@ -146,6 +148,8 @@ def _traffic(costs: PlanCosts) -> str:
 
 
 def _phase1_remark(costs: PlanCosts) -> str:
+    if costs.request.plan.lookback:
+        return "the anchor to every rank, and blocks to those that look back to them"
     remark = "the anchor to every rank"
     return f"{remark}, layers to {len(costs.helps)}" if costs.helps else remark
 
