@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from star_attention import encoding, inputs
+from star_attention import encoding, inputs, methods
 from star_attention.config import StarConfig, StarSettings
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
@@ -110,9 +110,8 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Under torchrun "auto"
                 and "cuda" are each rank's own GPU.
             comm: as for `StarLLM`.
-            tensor_parallel: ranks that share the heads and weights of one model, for models that
-                one device cannot hold; the context is sharded over the groups. It divides the
-                number of ranks.
+            tensor_parallel: ranks that share the heads and weights of a model that one device
+                cannot hold; the context is sharded over the groups. It divides the number of ranks.
             model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config,
                 device_map, ...).
             compile: as for `StarLLM`.
@@ -125,19 +124,21 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
             UnsupportedModelError, SizeError: before any weight is read.
             UnknownOptionError: an unknown keyword.
         """
-        parameters = inspect.signature(cls.from_pretrained).parameters
-        check_keywords(list(settings), known=[name for name in parameters if name != "settings"])
+        check_keywords(settings, known=[*inspect.signature(cls.from_pretrained).parameters][:-1])
         comm = from_environment(comm)
         files, config_settings = split_settings(dict(settings))
         names = ("calibration", "adapter", "weights")
         calibration, adapter, weights = (files.pop(name, None) for name in names)
         model_kwargs = (model_kwargs or {}) | files
-        resolved: list[StarConfig] = []
+        given = settled = StarConfig()
         calibrated: Calibration | None = None
         failure: Exception | None = None
         try:
-            resolved.append(StarConfig.of(config, **config_settings))
-            calibrated = None if calibration is None else Calibration.read(calibration)
+            given = settled = StarConfig.of(config, **config_settings)
+            if calibration is not None:
+                calibrated = Calibration.read(calibration)
+                settled = StarConfig.of(config, **calibrated.under(config_settings, given.lookback))
+            methods.check_lookback(settled.method, settled.lookback)
         except Exception as error:
             failure = error
         with comm.collective("startup"):
@@ -152,11 +153,11 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
             weights=weights,
             model_kwargs=model_kwargs,
         )
-        engine = cls(model, tokenizer, config=resolved[0], compile=compile, comm=comm)
+        engine = cls(model, tokenizer, config=given, compile=compile, comm=comm)
         engine.runtime.source = source_of(path, adapter, model_kwargs)
         if calibrated is not None:
             calibrated.check(model_facts(engine.runtime))
-            engine = engine.with_config(**calibrated.under(config_settings))
+            engine = engine.with_config(**calibrated.under(config_settings, given.lookback))
         return engine
 
     def with_config(self, **changes: Unpack[StarSettings]) -> StarLLM:
@@ -300,7 +301,7 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         device. Sizes and the precision of keys and values come from the file.
 
         Raises:
-            ContextMismatchError: model, tokenizer or method differ; names the field.
+            ContextMismatchError: model, tokenizer, method or look-back differ; names the field.
             CorruptContextError: a file that is damaged, or not a saved context.
             ContextNotFoundError: the file does not exist.
         """

@@ -255,6 +255,16 @@ def test_other_files_are_refused(tmp_path: Path, text: str | None, message: str)
         StarLLM.from_pretrained(BUNDLED, calibration=path)
 
 
+def test_a_config_that_looks_back_is_no_calibration_s(star: StarLLM, tmp_path: Path) -> None:
+    """Forbids the file's layers in place of those of a `StarConfig`, without a word."""
+    path, config = tmp_path / "file.json", StarConfig(lookback=3, lookback_layers="upper")
+    calibration(star).write(path)
+    with pytest.raises(InvalidInputError, match="lookback 3 in config, and a calibration, which"):
+        StarLLM.from_pretrained(BUNDLED, config=config, calibration=path)
+    loaded = StarLLM.from_pretrained(BUNDLED, config=config, calibration=path, lookback=1)
+    assert (loaded.config.lookback, loaded.config.lookback_layers) == (1, "5-9")
+
+
 def test_settings_in_a_file_are_checked(star: StarLLM, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     values = calibration(star).as_dict()

@@ -89,6 +89,21 @@ def test_invalid_values(texts: Path, options: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quality", "balanced"], "lookback 2 does not work with method 'dense'"),
+        (["--second-look", "0.1"], "second_look 0.1 does not work: every token of a dense context"),
+    ],
+    ids=str,
+)
+def test_what_a_method_does_not_do_is_refused_before_a_model_is_looked_for(
+    texts: Path, options: list[str], message: str
+) -> None:
+    command = ["generate", "-m", "/nowhere/model", texts / "book.txt", "--query", QUESTION]
+    assert message in failed(*command, "--method", "dense", *options)
+
+
+@pytest.mark.parametrize(
     ("folder", "reason"),
     [("/proc/x/y", "No such file or directory"), ("a" * 300, "File name too long")],
     ids=["proc", "long"],

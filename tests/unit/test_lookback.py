@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,11 @@ def test_layers_are_named_in_several_ways(layers: Any, spelling: str, numbers: l
         ({"lookback_layers": []}, r"lookback_layers \[\] names no layers"),
         ({"lookback_layers": [-1]}, r"lookback_layers \[-1\] names no layers"),
         ({"lookback_layers": "5-2"}, "lookback_layers '5-2' names no layers"),
+        # No billion of numbers is listed to find that out.
+        ({"lookback_layers": "0-9999999999"}, "lookback_layers '0-9999999999' names no layers"),
+        ({"lookback_layers": itertools.count()}, r"lookback_layers count\(0\) names no layers"),
+        ({"lookback_layers": object}, "lookback_layers <class 'object'> names no layers"),
+        ({"lookback_layers": b"all"}, "lookback_layers b'all' names no layers"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -147,6 +153,11 @@ def test_methods_without_blocks_refuse_it(method: str) -> None:
     with pytest.raises(InvalidInputError, match=f"lookback 1 does not work with method '{method}'"):
         star.with_config(method=method)
     assert star.with_config(method=method, lookback=0).config.method == method
+
+
+def test_methods_without_blocks_refuse_it_before_a_model_is_looked_for() -> None:
+    with pytest.raises(InvalidInputError, match="lookback 2 does not work with method 'dense'"):
+        StarLLM.from_pretrained("/nowhere/model", quality="balanced", method="dense")
 
 
 def test_layers_that_do_not_exist_are_refused_when_the_engine_is_made() -> None:

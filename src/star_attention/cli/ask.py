@@ -59,7 +59,9 @@ def ask(
             param_hint="--query or --query-file",
         )
     status = Status(quiet=quiet)
-    star, context = session.load_saved(model, file, status, **settings)
+    star, context = session.load_saved(
+        model, file, status, second_look=answer.second_look, **settings
+    )
     check_choice_on(star, context, kwargs)
     queries = star.from_rank_0(queries)
     answerer = Answerer(star, context, answer, kwargs, status, show_encode_time=False)

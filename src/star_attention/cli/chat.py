@@ -76,7 +76,7 @@ def chat(
         _check_saved(context, files[0])
         if context.chat_template_kwargs is not None:
             kwargs["chat_template_kwargs"] = template_kwargs(context.chat_template_kwargs)
-        star, encoded, conversation = _load(model, files[0], context, status)
+        star, encoded, conversation = _load(model, files[0], context, answer.second_look, status)
         star.check_settings(**kwargs)
         check_choice_on(star, encoded, kwargs)
     else:
@@ -88,11 +88,15 @@ def chat(
 
 
 def _load(
-    model: SavedModelOptions, path: str, context: ContextOptions, status: Status
+    model: SavedModelOptions,
+    path: str,
+    context: ContextOptions,
+    second_look: float,
+    status: Status,
 ) -> tuple[StarLLM, EncodedContext, Conversation | None]:
     from star_attention.cli import session
 
-    settings = {name: context.settings[name] for name in ANYWHERE}
+    settings = {name: context.settings[name] for name in ANYWHERE} | {"second_look": second_look}
     star, header = session.load_for_saved(model, path, status, **settings)
     if "conversation" not in header:
         return star, star.load_context(path), None
@@ -124,7 +128,13 @@ def _encode(
     if is_rank_0():
         text = read_context(files, status.say, html_to_text=context.html_to_text)
     model = replace(model, model=name)
-    star = session.load_for(model, replace(context, chat=False), status, text=text)
+    star = session.load_for(
+        model,
+        replace(context, chat=False),
+        status,
+        text=text,
+        second_look=kwargs["second_look"],
+    )
     star.check_settings(**kwargs)
     text = star.from_rank_0(text)
     if context.chat and not getattr(star.tokenizer, "chat_template", None):

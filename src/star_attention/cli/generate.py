@@ -55,7 +55,7 @@ def generate(
             )
         check_save_path(save)
         text = read_context(files, status.say, html_to_text=context.html_to_text)
-    star = session.load_for(model, context, status, text=text)
+    star = session.load_for(model, context, status, text=text, second_look=answer.second_look)
     text, queries = star.from_rank_0((text, queries))
     encoded = session.encode_text(
         star,

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from star_attention import methods
 from star_attention.cli.chat_options import context_kwargs, messages
 from star_attention.cli.formatting import format_bytes
 from star_attention.cli.model_options import ModelOptions
@@ -43,6 +44,7 @@ def load(
     needs_template: bool = False,
     calibration: str | None = None,
     text: str = "",
+    second_look: float = 0.0,
     **settings: Any,
 ) -> StarLLM:
     """Load the model. Whatever can be checked is checked before anything slow starts.
@@ -54,6 +56,7 @@ def load(
         needs_template: True to refuse one without a chat template, if its files show that.
         calibration: The file of a calibration, whose look-back holds where settings have none.
         text: What is to be encoded.
+        second_look: Share of the context that queries will look at again.
         settings: Settings of `StarConfig`.
 
     Raises:
@@ -61,6 +64,8 @@ def load(
     """
     _check_words(model)
     config, model_kwargs = StarConfig.of(**model.settings | settings), model.kwargs()
+    methods.check_lookback(config.method, config.lookback)
+    methods.check_second_look(config.method, second_look)
     lookback = {} if calibration is None else _lookback_options(calibration, settings)
     model_files = _check_files(
         model,
@@ -110,11 +115,10 @@ def _check_words(model: ModelOptions) -> None:
 
 def _lookback_options(calibration: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the look-back that options ask for. Checks the file before anything slow starts."""
-    from star_attention.planning.calibration import Calibration
+    from star_attention.planning.calibration import LOOKBACK_SETTINGS, Calibration
 
     Calibration.read(calibration)
-    names = ("quality", "lookback", "lookback_layers")
-    return {name: settings[name] for name in names if settings.get(name) is not None}
+    return {name: settings[name] for name in LOOKBACK_SETTINGS if settings.get(name) is not None}
 
 
 def _check_files(
@@ -231,7 +235,12 @@ def load_with_tokenizer(model: ModelOptions, status: Status, **settings: Any) ->
 
 
 def load_for(
-    model: ModelOptions, context: ContextOptions, status: Status, *, text: str = ""
+    model: ModelOptions,
+    context: ContextOptions,
+    status: Status,
+    *,
+    text: str = "",
+    second_look: float = 0.0,
 ) -> StarLLM:
     """Load the model to encode a text as the options say."""
     star = load_with_tokenizer(
@@ -240,6 +249,7 @@ def load_for(
         needs_template=context.chat,
         calibration=context.calibration,
         text=text,
+        second_look=second_look,
         **context.settings,
     )
     config, method = star.config, star.runtime.method

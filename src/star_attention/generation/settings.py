@@ -29,7 +29,7 @@ from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.endings import turn_end_ids, warn_of_unseen_stops
 from star_attention.hf.text.template import check_kwargs
 from star_attention.hf.text.tool_reader import ToolReader, check_tools, is_forced
-from star_attention.methods import Method
+from star_attention.methods import Method, check_second_look
 from star_attention.phase2 import OWN_LOOP_MODES
 from star_attention.planning.second_look import check_keeps, check_share
 
@@ -301,9 +301,7 @@ class ResolvedSettings:
 
     def check_method(self, method: Method) -> None:
         """Raise `InvalidInputError` for settings that contexts of a method cannot have."""
-        share, refusal = self.second_look, method.why_no_second_look()
-        if share and refusal is not None:
-            raise InvalidInputError(f"second_look {share} does not work: {refusal}")
+        check_second_look(method.name, self.second_look)
 
     def check_windows(
         self, windows: list[int | None], context_tokens: int, kv_windows: str

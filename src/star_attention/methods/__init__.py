@@ -99,6 +99,17 @@ def check_lookback(name: str, lookback: int) -> None:
         )
 
 
+def check_second_look(name: str, share: float) -> None:
+    """Refuse a second look at a share of a context whose method has none.
+
+    Raises:
+        InvalidInputError: it has none.
+    """
+    refusal = get(name).why_no_second_look() if share else None
+    if refusal is not None:
+        raise InvalidInputError(f"second_look {share} does not work: {refusal}")
+
+
 def rank_bytes(
     method: Method, config: StarConfig, plan: BlockPlan, handle: ModelHandle
 ) -> list[int]:

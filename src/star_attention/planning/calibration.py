@@ -20,6 +20,9 @@ from star_attention.planning.sizes import check_lookback
 
 FORMAT, VERSION = "star-attention calibration", 1
 
+LOOKBACK_SETTINGS = ("quality", "lookback", "lookback_layers")
+"""Settings that go before a calibration's."""
+
 _AGAIN = "run `star-attention calibrate` for this model"
 
 
@@ -158,13 +161,23 @@ class Calibration:
                 f"the calibration {quote_path(path)} is damaged ({error}); {_AGAIN} again"
             ) from None
 
-    def under(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def under(self, settings: Mapping[str, Any], lookback: int = 0) -> dict[str, Any]:
         """Return settings of `StarConfig`, completed by the calibration's look-back.
 
         Args:
             settings: those that were given, which go before the calibration's; `quality` among
                 them chooses which of the calibration's are meant.
+            lookback: the look-back of all settings, those of a `StarConfig` included.
+
+        Raises:
+            InvalidInputError: a `StarConfig` looks back otherwise, and no setting says what counts.
         """
+        if lookback and all(settings.get(name) is None for name in LOOKBACK_SETTINGS):
+            raise InvalidInputError(
+                f"lookback {lookback} in config, and a calibration, which has its own; leave one of"
+                f" both out, or give {', '.join(LOOKBACK_SETTINGS)} as keywords beside the"
+                " calibration"
+            )
         quality = settings.get("quality") or BALANCED
         if quality not in HALF_LOOKS_BACK:
             return dict(settings)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import cache
+from itertools import islice
+from typing import Any
 
 from star_attention.errors import InvalidInputError, quote
 
@@ -22,7 +24,10 @@ def sink_size(block_size: int) -> int:
 
 ALL, LOWER, UPPER = "all", "lower", "upper"
 
-_NUMBERS = re.compile(r"\d+(-\d+)?(\+\d+(-\d+)?)*")
+MOST = 10_000
+"""More layers than any model has, so that a slip of the pen lists no billion numbers."""
+
+_NUMBERS = re.compile(r"\d{1,4}(-\d{1,4})?(\+\d{1,4}(-\d{1,4})?)*")
 
 SYNTAX = (
     "use 'all', 'lower' or 'upper' (half of the layers), a fraction of them such as 0.5 (the"
@@ -46,8 +51,8 @@ def parse_layers(layers: str | float | Iterable[int]) -> str:
     if isinstance(layers, float):
         return _fraction(layers, error)
     if not isinstance(layers, str):
-        numbers = [layers] if isinstance(layers, int) else list(layers)
-        if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+        numbers = _listed(layers)
+        if not numbers or not all(type(number) is int and 0 <= number < MOST for number in numbers):
             raise error
         return _as_runs(numbers)
     text = layers.strip().lower().replace(",", "+").replace(" ", "")
@@ -67,6 +72,15 @@ def _fraction(fraction: float, error: InvalidInputError) -> str:
     if not 0 < fraction <= 1:
         raise error
     return ALL if fraction == 1 else LOWER if fraction == 0.5 else f"{fraction:g}"
+
+
+def _listed(layers: int | Iterable[int]) -> list[Any]:
+    """Return the elements of a collection, one more than `MOST` at most; [] for other values."""
+    if isinstance(layers, int):
+        return [layers]
+    if isinstance(layers, (bytes, bytearray)) or not isinstance(layers, Iterable):
+        return []
+    return [*islice(layers, MOST + 1)]
 
 
 def _run(text: str) -> range:

@@ -93,9 +93,7 @@ class Variant:
         self._check_ablation()
         self._check_lookback()
         check_share(self.second_look)
-        refusal = methods.get(self.method).why_no_second_look()
-        if self.second_look and refusal is not None:
-            raise InvalidInputError(f"second_look {self.second_look} does not work: {refusal}")
+        methods.check_second_look(self.method, self.second_look)
         self._normalize_sizes()
 
     def _check_ablation(self) -> None:
