@@ -141,4 +141,4 @@ def test_ranks_talk_as_one(tmp_path: Path) -> None:
         timeout=60,
     )
     assert solo.stdout.splitlines() == [second]
-    assert f"going on after 1 turn; the last answer: {first.strip()}" in solo.stderr
+    assert f"continuing after 1 turn; the last answer: {first.strip()}" in solo.stderr

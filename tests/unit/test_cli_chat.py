@@ -92,7 +92,7 @@ def test_save_and_go_on(book: Path, tmp_path: Path) -> None:
     assert f"saved to {talk} (" in first.err
     assert "protect it like the text" in first.err
     done = ok("chat", talk, "--json", stdin=lines(OTHER_QUESTION, QUESTION, "/save"))
-    assert f"going on after 1 turn; the last answer: {FIRST}" in done.err
+    assert f"continuing after 1 turn; the last answer: {FIRST}" in done.err
     fields = "text", "token_ids", "query_tokens", "kept_tokens"
     for actual, expected in zip(done.out.splitlines(), whole.out.splitlines()[1:], strict=True):
         answer, right = json.loads(actual), json.loads(expected)

@@ -236,7 +236,7 @@ def test_paths_and_methods_that_are_not_there(server: Server) -> None:
     ):
         # A base URL without /v1, or with it where the client adds it.
         message = problem(server.post(path, {}), 404)["message"]
-        assert f"but {meant}; change the client's base URL" in message
+        assert f"use {meant}: change the client's base URL" in message
     response = server.get(CHAT)
     error = problem(response, 405)
     assert "takes POST" in error["message"]

@@ -52,7 +52,7 @@ class Talk(Answerer):
         self.asked, self.file = conversation, file
         turns = counted(len(conversation.turns), "turn")
         last = f"; the last answer: {conversation.turns[-1].answer}" if conversation.turns else ""
-        self.status.say(f"going on after {turns}{last}")
+        self.status.say(f"continuing after {turns}{last}")
 
     def run(self) -> bool:
         """Read and answer lines until the end of input; return False if one could not be."""

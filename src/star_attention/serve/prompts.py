@@ -216,8 +216,7 @@ class Prompts:
         if content is None:
             if len(ids) < 2:
                 # A context and a query need a token each; the second one is answered from both.
-                tokens = "no tokens" if not ids else "one token alone"
-                raise InvalidInputError(f"the prompt has {tokens}; give at least 2")
+                raise InvalidInputError(f"prompt: expected at least 2 tokens, got {len(ids)}")
             return Plan(first_ids=(ids[0],), context_tokens=1, query_ids=ids[1:], **shared)
         if piece.rule == "context":
             return Plan(

@@ -147,4 +147,6 @@ class Shelf:
         try:
             folder.write_record(entry)
         except OSError as error:
-            _log.warning("what changed of %s is not on disk: %s", entry.id, first_line(error))
+            _log.warning(
+                "changes of %s could not be saved to disk: %s", entry.id, first_line(error)
+            )

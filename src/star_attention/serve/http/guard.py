@@ -212,7 +212,7 @@ def _routing(error: HTTPException, scope: Any, routes: Sequence[BaseRoute]) -> P
     path, headers = quote(scope["path"]), dict(error.headers or {})
     if error.status_code == 404:
         meant = _meant(scope, routes)
-        hint = f", but {meant}; change the client's base URL" if meant else ""
+        hint = f"; use {meant}: change the client's base URL" if meant else ""
         return Problem(404, f"there is no path {path} on this server{hint}", code="not_found")
     if error.status_code == 405:
         message = f"{path} does not take {scope['method']}; it takes {headers.get('Allow', '')}"
