@@ -29,7 +29,8 @@ def test_a_sliced_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> Non
     for bias in (layer.gate_proj.bias, layer.down_proj.bias):
         torch.nn.init.normal_(bias)
     x = torch.randn(1, 1, layer.gate_proj.in_features)
-    options = {"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
+    fused = compiled._Passes("fused linears alone", compiled._fuse_linears)
+    options = {"post_grad_custom_pre_pass": fused}
     fast = torch.compile(layer, fullgraph=True, options=options)
     parts = []
     with torch.no_grad(), fresh_code():

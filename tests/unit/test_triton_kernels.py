@@ -185,9 +185,9 @@ def test_a_compiled_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> N
     launches = counted_launches(monkeypatch)
     for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
         module.__class__ = triton_row.RowLinear
-    compiled_layer = torch.compile(
-        layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
-    )
+    fused = compiled._Passes("fused linears alone", compiled._fuse_linears)
+    options = {"post_grad_custom_pre_pass": fused}
+    compiled_layer = torch.compile(layer, fullgraph=True, options=options)
     with torch.no_grad(), fresh_code():
         torch.testing.assert_close(compiled_layer(x), expected, atol=1e-5, rtol=1e-4)
     assert launches == [2, 1]
