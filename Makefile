@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 3
 # No plugins but these two: others come with dependencies, and take a millisecond of every test.
 PYTEST = OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(1)/python -m pytest \
-	-p xdist -p _hypothesis_pytestplugin -n $(WORKERS) --dist loadgroup
+	-p xdist -p _hypothesis_pytestplugin -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output
 SMOKE_OUT ?= build/eval-smoke

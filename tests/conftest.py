@@ -1,5 +1,7 @@
 """Settings of a whole session: Triton's interpreter, no defaults of the user, quick collections.
 
+Tests go to processes in parts (`parts`).
+
 Triton kernels run in its interpreter where there is no GPU; that is set before Triton is imported.
 """
 
@@ -31,6 +33,13 @@ def pytest_collection() -> Generator[None, Any, Any]:
         return (yield)
     finally:
         gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.parts import InParts
+
+    return InParts(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
 def pytest_collection_finish() -> None:
