@@ -19,11 +19,14 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def torchrun(
-    *arguments: str | Path, stdin: str | None = None, **env: str
+    *arguments: str | Path, stdin: str | None = None, fresh: bool = True, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command on two ranks, whose processes are fresh."""
+    """Run a command on two ranks, whose processes are fresh or have imported torch."""
+    command = ["-m", "star_attention", *arguments]
+    if not fresh:
+        command = ["--no-python", *python(*command)]
     return subprocess.run(
-        python(*TORCHRUN, "-m", "star_attention", *arguments),
+        python(*TORCHRUN, *command),
         input=stdin,
         env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1") | env,
         capture_output=True,
@@ -42,7 +45,7 @@ def book(tmp_path: Path) -> Path:
 def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
     saved = tmp_path / "book.star"
     options = ["--chat", "--method", "ring", "--block-size", "64"]
-    run = torchrun("encode", "-m", BUNDLED, *options, book(tmp_path), "-o", saved)
+    run = torchrun("encode", "-m", BUNDLED, *options, book(tmp_path), "-o", saved, fresh=False)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stderr.splitlines()
     assert sum("have no effect on ring attention" in line for line in lines) == 1

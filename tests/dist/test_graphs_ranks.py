@@ -113,7 +113,7 @@ def check(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     [
         # Windows; a rank that has no graphs; one whose capture fails; compressed keys.
         pytest.param(2, "gemma3", [RunAgain], {}, marks=pytest.mark.slow),
-        (2, "llama", [RunAgain, None], {}),
+        pytest.param(2, "llama", [RunAgain, None], {}, marks=pytest.mark.slow),
         (2, "llama", [NeverCaptures, RunAgain], {}),
         (2, "deepseek_v3", [RunAgain, None], {}),
         # The last rank, which holds the tail, has no part of the context.

@@ -35,6 +35,7 @@ from tests.dist.test_collectives import (
 from tests.new_oracle import new_tokens
 from tests.row_norms import PARTS, norms_of
 from tests.runs_oracle import even_runs, runs_by_table
+from tests.tiers import in_turn
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -187,7 +188,7 @@ def check_runs(peers: Any, comm: TorchComm, parts: list[tuple[Runs, State]]) -> 
         assert torch.equal(other.lse_BQH, merged.lse_BQH)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", in_turn(0, [1, 2, 3], quick=lambda ranks: ranks == 2))
 def test_operations_in_any_order_equal_the_plain_ones(pool: Pool, ranks: int) -> None:
     pool.run(random_operations, ranks, operations=30)
 

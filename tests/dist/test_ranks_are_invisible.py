@@ -38,8 +38,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("geometry", "ranks"), in_turn(2, list(GEOMETRIES), [2, 3, 4]))
 def test_every_geometry(pool: Pool, geometry: str, ranks: int) -> None:
     sizes = GEOMETRIES[geometry]
     check_tiny(pool.run(answer, ranks, name="llama", **sizes), "llama", **sizes)
@@ -64,12 +63,12 @@ def test_every_family(
     check_tiny(pool.run(answer, ranks, name=name, **settings, **SIZES), name, **SIZES)
 
 
-@pytest.mark.parametrize("name", in_turn(2, sorted(set(ALL) - set(FAMILIES))))
+@pytest.mark.parametrize("name", in_turn(4, sorted(set(ALL) - set(FAMILIES))))
 def test_every_other_decoder(pool: Pool, name: str) -> None:
     check_tiny(pool.run(answer, 2, name=name, **SIZES), name, **SIZES)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "gemma3n"])
+@pytest.mark.parametrize("name", in_turn(2, ["llama", "deepseek_v3", "gemma3", "gemma3n"]))
 def test_seven_ranks_with_three_blocks(pool: Pool, name: str) -> None:
     """Idle ranks take part."""
     sizes = dict(block_size=40, anchor_size=16)
@@ -129,8 +128,9 @@ def answer_hashing(comm: Any, **settings: Any) -> dict[str, Any]:
     return result | dict(hashes=hashes, sampled=sampled.token_ids)
 
 
-@pytest.mark.parametrize("merge_collective", ["gather", "reduce"])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("ranks", "merge_collective"), in_turn(2, [1, 2, 3, 4], ["gather", "reduce"])
+)
 def test_bits_and_seeds(pool: Pool, ranks: int, merge_collective: str) -> None:
     """Forbids ranks that drift apart, and a seed that depends on how many there are."""
     alone = answer_hashing(SoloComm())

@@ -92,8 +92,9 @@ def test_other_families_against_the_oracle(pool: Pool, models: Path, name: str) 
     check_model(results, model(name), **SIZES, tensor_parallel=2)
 
 
-@pytest.mark.parametrize("source", ["broadcast", "local"])
-@pytest.mark.parametrize("merge_collective", ["gather", "reduce"])
+@pytest.mark.parametrize(
+    ("merge_collective", "source"), in_turn(2, ["gather", "reduce"], ["broadcast", "local"])
+)
 def test_collectives_and_anchor_sources(
     pool: Pool, models: Path, merge_collective: str, source: str
 ) -> None:
@@ -158,7 +159,7 @@ MESHES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 
 @pytest.mark.parametrize(
     ("writers", "readers"),
-    in_turn(2, [(writers,) for writers in MESHES], [(readers,) for readers in MESHES]),
+    in_turn(3, [(writers,) for writers in MESHES], [(readers,) for readers in MESHES]),
 )
 def test_any_mesh_reads_what_any_other_wrote(
     pool: Pool, models: Path, tmp_path: Path, writers: tuple[int, int], readers: tuple[int, int]

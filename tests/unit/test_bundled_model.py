@@ -107,8 +107,10 @@ def check_against_oracle(anchor: str, tokens: int, questions: int) -> None:
     "anchor",
     [
         "anchor_block",
-        "no_anchor",
-        *(pytest.param(anchor, marks=pytest.mark.slow) for anchor in ("anchor_quarter", "dense")),
+        *(
+            pytest.param(anchor, marks=pytest.mark.slow)
+            for anchor in ("no_anchor", "anchor_quarter", "dense")
+        ),
     ],
 )
 def test_answers_at_2k_are_the_oracles(anchor: str) -> None:

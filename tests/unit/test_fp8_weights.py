@@ -224,7 +224,13 @@ def test_a_model_without_such_layers_is_refused(name: str, sizes: dict[str, Any]
 # --------------------------------------------------------------------------- the bundled model
 
 
-@pytest.mark.parametrize("task", ["niah_single_noise", "niah_single_code", "niah_multikey"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "niah_multikey",
+        *(pytest.param(f"niah_single_{of}", marks=pytest.mark.slow) for of in ("noise", "code")),
+    ],
+)
 def test_needles_and_logits_of_the_bundled_model(task: str) -> None:
     """Answers are those of plain weights. Teacher-forced logits of question and answer differ by
     less than 1 %: the 2-norm of their difference, over all tokens and the vocabulary, to theirs."""

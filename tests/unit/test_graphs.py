@@ -6,6 +6,7 @@ interpreter. tests/gpu/test_fast_cuda.py tests real graphs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ if not triton.knobs.runtime.interpret:
 
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
+SHORT: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -182,43 +184,51 @@ def test_queries_of_all_lengths_share_compiled_layers() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
-    """Answer in every way that steps token by token, and in some that do not."""
-    settings: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
-    sampled = star.generate(
-        context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **settings
-    )
-    return [
-        [
-            reply.token_ids
-            for reply in star.generate(
-                context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **settings
-            )
-        ],
-        [reply.token_ids for reply in sampled],
-        star.generate(context, ids(1), max_new_tokens=1).token_ids,
-        star.generate(context, ids(300), max_new_tokens=2).token_ids,
-        star.generate(
-            context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **settings
-        ).token_ids,
-        star.generate(context, ids(5), num_beams=2, **settings).token_ids,
-        star.generate(star.extend(context, ids(30, seed=9)), ids(5), **settings).token_ids,
-        # The tail, which has room for the query and a token, moves as it grows.
-        star.generate(context, ids(5), max_new_tokens=4, ignore_eos=True).token_ids,
-    ]
+ANSWERS: dict[str, Callable[[StarLLM, EncodedContext], Any]] = {
+    # The tail, which has room for the query and a token, moves as it grows.
+    "long": lambda star, context: star.generate(context, ids(5), max_new_tokens=3, ignore_eos=True),
+    "rows": lambda star, context: star.generate(
+        context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **SHORT
+    ),
+    "no graph": lambda star, context: star.generate(context, ids(300), max_new_tokens=2),
+    "sampled": lambda star, context: star.generate(
+        context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **SHORT
+    ),
+    "one token": lambda star, context: star.generate(context, ids(1), max_new_tokens=1),
+    "penalties": lambda star, context: star.generate(
+        context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **SHORT
+    ),
+    "beams": lambda star, context: star.generate(context, ids(5), num_beams=2, **SHORT),
+    "extended": lambda star, context: star.generate(
+        star.extend(context, ids(30, seed=9)), ids(5), **SHORT
+    ),
+}
+"""Ways that step token by token, and some that do not."""
 
 
-def test_every_way_to_answer() -> None:
+@pytest.mark.parametrize(
+    "ways", [["long", "rows", "no graph"], pytest.param(list(ANSWERS), marks=pytest.mark.slow)]
+)
+def test_every_way_to_answer(ways: list[str]) -> None:
     plain, fast, counting = pair("llama")
-    assert answers(fast, fast.encode(ids(101))) == answers(plain, plain.encode(ids(101)))
+    contexts = [star.encode(ids(101)) for star in (plain, fast)]
+    for way in ways:
+        expected, found = (
+            ANSWERS[way](star, context)
+            for star, context in zip((plain, fast), contexts, strict=True)
+        )
+        assert tokens_of(found) == tokens_of(expected), way
     captures = counting.recorder.captures
-    settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
     second = [
-        star.generate(star.encode(ids(77, seed=8)), ids(4), **settings).token_ids
+        star.generate(star.encode(ids(77, seed=8)), ids(5), **SHORT).token_ids
         for star in (plain, fast)
     ]
     assert second[0] == second[1]
     assert counting.recorder.captures == captures, "no graph is captured for a second context"
+
+
+def tokens_of(replies: Any) -> list[list[int]]:
+    return [each.token_ids for each in (replies if isinstance(replies, list) else [replies])]
 
 
 @pytest.mark.slow

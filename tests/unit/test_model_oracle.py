@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from tests.engines import VARIED
 from tests.families import FAMILIES, FIRST_TOKEN, LAST_TOKEN, build
 from tests.model_oracle import (
     cached,
@@ -19,6 +20,7 @@ from tests.model_oracle import (
     oracle_generate,
     pinned_rope,
 )
+from tests.tiers import in_turn
 
 BATCH, CONTEXT, QUERY, STEPS = 2, 101, 7, 4
 TOTAL = CONTEXT + QUERY
@@ -83,7 +85,7 @@ def test_law_mask_is_the_law_drawn_by_hand() -> None:
         assert law_mask(7, 9, 3, 2, window).tolist() == rows
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", in_turn(2, list(FAMILIES), quick=lambda name: name in VARIED))
 @torch.no_grad()
 def test_one_block_is_the_stock_model(name: str) -> None:
     """With one block, the oracle's forward and greedy decoding equal the stock model's."""

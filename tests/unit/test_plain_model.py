@@ -180,8 +180,10 @@ def run_at_once(*works: Callable[[], Any]) -> list[list[Any]]:
     "name",
     [
         "gemma3",
-        "phi3_longrope",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "deepseek_v3")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama", "deepseek_v3", "phi3_longrope")
+        ),
     ],
 )
 def test_threads_on_one_model_get_the_answers_of_one_thread(name: str) -> None:

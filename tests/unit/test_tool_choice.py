@@ -12,6 +12,7 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.text.calls import ToolCall
 from tests.conversations import TEMPLATES
 from tests.talkers import CHANNEL_TOKENS, CHATML, CHATML_TOKENS, byte_level, say, talker
+from tests.tiers import in_turn
 
 DOCUMENT = [{"role": "user", "content": "the cat sat on the mat. " * 4}]
 QUESTION = "How is the weather?"
@@ -40,8 +41,10 @@ def limits(**more: Any) -> dict[str, Any]:
     return {"max_new_tokens": 200, "do_sample": False, **more}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("choice", "names"), [("required", ("weather", "clock")), ("clock", None)])
+@pytest.mark.parametrize(
+    ("family", "choice", "names"),
+    in_turn(2, FAMILIES, [("required", ("weather", "clock")), ("clock", None)]),
+)
 def test_a_call_that_has_to_be_made(
     family: str, choice: str, names: tuple[str, ...] | None
 ) -> None:
