@@ -7,12 +7,12 @@ write through `.data`, not counted by torch, changes unless it leaves out exactl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import Array, c_char
-from itertools import chain
-from operator import attrgetter, itemgetter
+from itertools import chain, compress
+from operator import attrgetter, itemgetter, not_
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ _RULES_OF_MODELS = (
 def weights(model: nn.Module) -> int:
     """Return a hash that changes with a model's parameters and buffers."""
     last = _LAST.get(model)
-    if last is None or not last.is_current():
+    if last is None or not last.is_current(model):
         last = _LAST[model] = _Reading(model)
     return last.sign
 
@@ -84,7 +84,7 @@ def weights(model: nn.Module) -> int:
 def addresses(model: nn.Module) -> int:
     """Return a hash of where a model's parameters are."""
     last = _LAST.get(model)
-    if last is None or not last.is_in_place():
+    if last is None or not last.is_in_place(model):
         last = _LAST[model] = _Reading(model)
     return last.addresses
 
@@ -134,7 +134,8 @@ class _Reading:
     """What was read of a model: its modules, which tensors they have, and signs of each tensor.
 
     To read it again takes a third of the time of walking through the model, which is noticeable in
-    a first token. It holds no module and no tensor.
+    a first token. It holds no module and no tensor, and of long lists only hashes: to compare
+    numbers that nobody has looked at for a while, memory is slow.
 
     Attributes:
         sign: a hash of all of it.
@@ -142,21 +143,21 @@ class _Reading:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [*modules_of(model)]
+        self._levels, modules = _levels_of(model)
         # Frequencies that a model chooses anew in its own forwards are left out.
-        rotary = [module for module in modules if rope.is_length_dependent(module)]
-        self._whole = [ref(module) for module in modules if module not in rotary]
-        self._rotary = [ref(module) for module in rotary]
-        registered = self._registered()
-        assert registered is not None, "the model is alive"
-        self._ids = [*map(id, registered)]
+        self._have_buffers = _picker(
+            [at for at, each in enumerate(modules) if not rope.is_length_dependent(each)]
+        )
+        tables = [*map(vars, modules)]
+        parameters, buffers = _values(_PARAMETERS, tables), self._buffers(tables)
+        self._parameters, self._others = _ids(parameters), _ids(buffers)
+        self._present = _picker([at for at, each in enumerate(parameters) if each is not None])
+        self.addresses = self._addresses(parameters)
+        registered = [*parameters, *buffers]
         tensors_at = [index for index, each in enumerate(registered) if isinstance(each, Tensor)]
-        self._plain = [index for index in tensors_at if type(registered[index]) in _PLAIN]
-        self._wrapped = [index for index in tensors_at if type(registered[index]) not in _PLAIN]
-        self._at = [
-            index for index, each in enumerate(registered) if isinstance(each, nn.Parameter)
-        ]
-        self.addresses = self._addresses(registered)
+        is_plain = [type(registered[index]) in _PLAIN for index in tensors_at]
+        self._plain = _picker([*compress(tensors_at, is_plain)])
+        self._wrapped = _picker([*compress(tensors_at, map(not_, is_plain))])
         tensors = self._tensors(registered)
         self._layout = _layout(tensors)
         is_near = [_is_near(tensor) for tensor in tensors]
@@ -170,47 +171,54 @@ class _Reading:
         # Reading all of them would take a fifth of a first token on a GPU.
         self._few = elsewhere[:: -(-len(elsewhere) // _TENSORS) or 1]
         self._bytes = self._read(tensors)
-        self.sign = hash((*self._ids, *self._layout, *self._bytes))
+        structure = *(ids for ids, _ in self._levels), self._parameters, self._others
+        self.sign = hash((*structure, self._layout, *self._bytes))
 
-    def is_current(self) -> bool:
+    def is_current(self, model: nn.Module) -> bool:
         """True if the model is still as it was."""
-        registered = self._same()
-        if registered is None:
+        tables = self._tables(model)
+        if tables is None:
             return False
-        tensors = self._tensors(registered)
+        parameters, buffers = _values(_PARAMETERS, tables), self._buffers(tables)
+        if (_ids(parameters), _ids(buffers)) != (self._parameters, self._others):
+            return False
+        tensors = self._tensors([*parameters, *buffers])
         # First, because memory may only be read where it still is a tensor's.
         return _layout(tensors) == self._layout and self._read(tensors) == self._bytes
 
-    def is_in_place(self) -> bool:
-        """True if the model has the same tensors, its parameters where they were."""
-        registered = self._same()
-        return registered is not None and self._addresses(registered) == self.addresses
+    def is_in_place(self, model: nn.Module) -> bool:
+        """True if the model has the same modules and parameters, and these are where they were."""
+        tables = self._tables(model)
+        if tables is None:
+            return False
+        parameters = _values(_PARAMETERS, tables)
+        same = _ids(parameters) == self._parameters
+        return same and self._addresses(parameters) == self.addresses
 
-    def _addresses(self, registered: list[Any]) -> int:
-        return hash(tuple(registered[index].data_ptr() for index in self._at))
+    def _tables(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        """Return the attributes of all modules; None if these are others than before."""
+        level: tuple[nn.Module, ...] = (model,)
+        tables: list[dict[str, Any]] = []
+        for children_before, new in self._levels:
+            of_level = [*map(vars, level)]
+            children = _values(_MODULES, of_level)
+            if _ids(children) != children_before:
+                return None
+            tables += of_level
+            level = new(children)
+        return tables
 
-    def _same(self) -> list[Any] | None:
-        """Return what is registered; None if that has changed."""
-        registered = self._registered()
-        if registered is None or [*map(id, registered)] != self._ids:
-            return None
-        return registered
+    def _buffers(self, tables: list[dict[str, Any]]) -> list[Any]:
+        return _values(_BUFFERS, self._have_buffers(tables))
 
-    def _registered(self) -> list[Any] | None:
-        """Return the parameters, buffers and modules of all modules; None if one has gone."""
-        whole, rotary = ([each() for each in refs] for refs in (self._whole, self._rotary))
-        if None in whole or None in rotary:
-            return None
-        tables = chain(map(_WHOLE, map(vars, whole)), map(_ROTARY, map(vars, rotary)))
-        # Most are empty.
-        filled = filter(None, chain.from_iterable(tables))
-        return [*chain.from_iterable(map(dict.values, filled))]
+    def _addresses(self, parameters: list[Any]) -> int:
+        return hash(tuple(map(Tensor.data_ptr, self._present(parameters))))
 
     def _tensors(self, registered: list[Any]) -> list[Tensor]:
         """Return the tensors of what is registered, quantized ones as their parts."""
-        tensors = [registered[index] for index in self._plain]
-        for index in self._wrapped:
-            tensors += plain_parts(registered[index])
+        tensors = [*self._plain(registered)]
+        for tensor in self._wrapped(registered):
+            tensors += plain_parts(tensor)
         return tensors
 
     def _read(self, tensors: list[Tensor]) -> list[bytes]:
@@ -218,9 +226,49 @@ class _Reading:
         return [b"".join(self._places), *(_bytes(torch.cat(each)) for each in samples.values())]
 
 
+_Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+def _picker(indices: list[int]) -> _Picker:
+    """Return what takes the items at some places of a list."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda items: tuple(items[index] for index in indices)
+
+
+def _levels_of(model: nn.Module) -> tuple[list[tuple[int, _Picker]], list[nn.Module]]:
+    """Return the levels of a model's tree and, level by level, its modules, each once.
+
+    Of each level, `_ids` of its modules' children, and what takes of these the next level's.
+    """
+    levels: list[tuple[int, _Picker]] = []
+    modules, level, seen = [model], (model,), {model}
+    while level:
+        children = _values(_MODULES, map(vars, level))
+        new = []
+        for at, child in enumerate(children):
+            if child is not None and child not in seen:
+                seen.add(child)
+                new.append(at)
+        picker = _picker(new)
+        levels.append((_ids(children), picker))
+        level = picker(children)
+        modules += level
+    return levels, modules
+
+
+def _values(of: Callable[[Any], Any], tables: Iterable[dict[str, Any]]) -> list[Any]:
+    """Return what modules hold in one of their tables, of all modules in one list."""
+    # Most are empty.
+    return [*chain.from_iterable(map(dict.values, filter(None, map(of, tables))))]
+
+
+def _ids(values: list[Any]) -> int:
+    return hash(tuple(map(id, values)))
+
+
 _PLAIN = (Tensor, nn.Parameter)
-_WHOLE = itemgetter("_parameters", "_buffers", "_modules")
-_ROTARY = itemgetter("_parameters", "_modules")
+_PARAMETERS, _BUFFERS, _MODULES = map(itemgetter, ("_parameters", "_buffers", "_modules"))
 _SIZE, _VERSION = attrgetter("nbytes", "dtype"), attrgetter("_version")
 
 _LAST: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
@@ -243,8 +291,8 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
         modules.extend(vars(module)["_modules"].values())
 
 
-def _layout(tensors: list[Tensor]) -> list[Any]:
-    """Return where and how the elements of tensors lie, and how often they were written.
+def _layout(tensors: list[Tensor]) -> int:
+    """Return a hash of where and how elements of tensors lie, and how often they were written.
 
     By functions in C, over all tensors: half the time of asking each tensor for all of it.
     """
@@ -253,12 +301,8 @@ def _layout(tensors: list[Tensor]) -> list[Any]:
     except RuntimeError:
         # Tensors of inference mode count none.
         versions = [*map(_version, tensors)]
-    return [
-        *map(Tensor.data_ptr, tensors),
-        *map(Tensor.is_contiguous, tensors),
-        *map(_SIZE, tensors),
-        *versions,
-    ]
+    places = map(Tensor.data_ptr, tensors)
+    return hash((*places, *map(Tensor.is_contiguous, tensors), *map(_SIZE, tensors), *versions))
 
 
 def _version(tensor: Tensor) -> int:
