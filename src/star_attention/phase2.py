@@ -95,6 +95,8 @@ class Decoding:
     def _catch_up(self) -> None:
         """Run the forwards before the next token, as far as they have not been issued."""
         if self._padding_R1 is None:
+            if self.request.looks_late and self.request.graphs is not None:
+                self.request.graphs.look()
             self._read_queries()
         elif self._due_R1 is not None:
             due_R1, self._due_R1 = self._due_R1, None
@@ -177,12 +179,17 @@ class Leader(Decoding):
         self._all_ended = False
 
     def _read_queries(self) -> None:
+        check = self._check
+        if check is not None and not self.request.is_ready:
+            # The weights have moved since the stream was made.
+            self._check = None
+            check()
         try:
             super()._read_queries()
         except Exception:
-            if self._check is not None:
+            if check is not None:
                 # A changed model may be the reason.
-                self._check()
+                check()
             raise
 
     def _check_model(self) -> None:

@@ -14,8 +14,9 @@ import torch
 from star_attention import StarLLM
 from star_attention.distributed import TorchComm
 from star_attention.errors import ContextMismatchError
+from star_attention.hf.loading.slice_groups import Groups
 from tests.dist.pool import Pool
-from tests.engines import bundled_tokenizer, text_model
+from tests.engines import CONTEXT, bundled_tokenizer, ids, text_model, tiny
 
 OPTIONS: dict[str, Any] = dict(max_new_tokens=6, ignore_eos=True)
 STORY = "The hill is tall. " * 20
@@ -134,3 +135,34 @@ def drop_refused(comm: TorchComm) -> bool:
 def test_a_refused_call_keeps_nothing(pool: Pool) -> None:
     """Forbids to hold the error, and by its traceback the context, until the next one."""
     assert pool.run(drop_refused, 2) == [True, True]
+
+
+def count_looks(comm: TorchComm) -> list[int]:
+    """Return how often layers in slices are looked at in a call, and in one of frozen weights."""
+    star = StarLLM(tiny("llama"), comm=comm, block_size=32, slice_weights=True)
+    context = star.encode(ids(CONTEXT))
+    star.generate(context, [5], max_new_tokens=2)
+    kept = star.runtime.handle.kept_slices
+    assert kept is not None
+    looks: list[int] = []
+    read_signs = Groups._read_signs
+
+    def counted(groups: Groups) -> Any:
+        looks.append(1)
+        return read_signs(groups)
+
+    counts = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Groups, "_read_signs", counted)
+        for star.runtime.handle.is_frozen in (False, True):
+            looks.clear()
+            star.generate(context, [5], max_new_tokens=2)
+            counts.append(len(looks))
+    star.runtime.handle.is_frozen = False
+    assert star.runtime.handle.kept_slices is kept
+    return counts
+
+
+def test_ranks_look_at_their_slices_once_in_a_call(pool: Pool) -> None:
+    """Forbids a look for each request and cache: it takes as long as a layer."""
+    assert pool.run(count_looks, 2) == [[1, 0]] * 2

@@ -198,3 +198,20 @@ def test_no_graph_is_captured_of_a_model_that_has_changed(
     weight.data = weight.data / 2
     assert star.generate(context, [5], max_new_tokens=1).token_ids
     assert graphs.recorder.captures > captures
+
+
+def test_a_stream_runs_no_graph_of_weights_that_have_moved_since_it_was_made(
+    by_graphs: tuple[StarLLM, EncodedContext, CountingGraphs],
+) -> None:
+    """Forbids kernels on memory that may have been freed between a stream and its first piece."""
+    star, context, graphs = by_graphs
+    star.runtime.tokenizer = bundled_tokenizer()
+    context = star.encode(ids(CONTEXT))
+    assert list(star.stream(context, [5], max_new_tokens=2, ignore_eos=True))
+    stream = star.stream(context, [5], max_new_tokens=2, ignore_eos=True)
+    weight = weight_of(star)
+    weight.data = weight.data * 2
+    before = graphs.recorder.replays, graphs.recorder.captures
+    with pytest.raises(ContextMismatchError, match="weights"):
+        next(stream)
+    assert (graphs.recorder.replays, graphs.recorder.captures) == before

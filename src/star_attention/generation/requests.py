@@ -106,7 +106,7 @@ def for_answers(
     context: EncodedContext,
     prompts: list[list[int]],
     settings: ResolvedSettings,
-    **kept: Any,
+    **others: Any,
 ) -> Request:
     """Return a request for answers to prompts, after checking that there are positions for them.
 
@@ -115,7 +115,7 @@ def for_answers(
         context: the context.
         prompts: token ids after it, of each query.
         settings: settings of the answers.
-        kept: the fields of a request about keys and values that were kept.
+        others: fields of a request about keys and values that were kept, and about looks.
     """
     return checked(
         runtime,
@@ -127,7 +127,7 @@ def for_answers(
         logits_processor=_processors(runtime, settings, prompts),
         stopping_criteria=settings.arguments.stopping_criteria,
         second_look=settings.second_look,
-        **kept,
+        **others,
     )
 
 
@@ -182,6 +182,8 @@ def checked(
     context: EncodedContext,
     prompts: list[list[int]],
     max_new_tokens: int,
+    *,
+    has_looked: bool = False,
     **options: Any,
 ) -> Request:
     """Return a request of phase 2, after checking that there are positions for its answers."""
@@ -190,6 +192,9 @@ def checked(
         runtime,
         context,
         queries=prompts,
-        sliced=slices.choose(runtime.handle, runtime.comm, runtime.config.slice_weights),
+        sliced=slices.choose(
+            runtime.handle, runtime.comm, runtime.config.slice_weights, looked=has_looked
+        ),
+        has_looked=has_looked,
         **options,
     )

@@ -25,7 +25,7 @@ from star_attention.generation.following import FollowerRun, RepeaterRun
 from star_attention.generation.result import Asked, Generation, talk_after
 from star_attention.generation.run import GenerationRun, Shape
 from star_attention.generation.stream import Stream
-from star_attention.hf.execution.request import Program, Request
+from star_attention.hf.execution.request import Program, Request, look_at
 from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.tokens import is_several
 from star_attention.inputs import ContextInput, Prepared
@@ -106,6 +106,9 @@ def _runs(
         runs.append(run)
         return start
 
+    if runtime.comm.rank:
+        # While rank 0 prepares the call.
+        look_at(runtime.handle, runtime.comm, later=streamed)
     is_last = False
     while not is_last:
         message: Start = runtime.comm.run_on_rank_0(begin)
@@ -126,39 +129,23 @@ def _leading_runs(
         _check_streamed(runtime, query)
     talk = talk_after(asked, ask_with(runtime))
     context = talk.context
-    options = {"keep": True} | options if talk.turns else options
     check = requests.later_check(runtime, context)
+    look_at(runtime.handle, runtime.comm, later=streamed)
     try:
-        prepared = requests.prepared(runtime, context, query, options, talk.turns)
+        groups = _groups(runtime, talk, query, options)
     except Exception:
         if check is not None:
             # A changed model or tokenizer may be the reason.
             check()
         raise
-    settings = prepared.settings
-    assert settings is not None, "rank 0 prepares"
-    groups = [prepared]
-    # A second look chooses for one query, and its copy of the context is for that one alone. Kept
-    # keys begin one query.
-    if settings.second_look or talk.turns:
-        groups = [
-            replace(prepared, prompts=[prompt], queries=[each])
-            for prompt, each in zip(prepared.prompts, prepared.queries, strict=True)
-        ]
-        runtime.positions.check_room(
-            len(context),
-            context.rope_length,
-            prepared.prompts,
-            settings.max_new_tokens,
-            len(talk.turns),
-        )
     for number, group in enumerate(groups, start=1):
         if not (streamed or talk.turns) and serves(runtime, context, group):
             rows = RowsRun(runtime, context, group, runtime.comm.streams.new_number(), check)
             yield Start(key=context.key, number=rows.number, shape=rows.shape), rows
             continue
         # The first run's check is of the whole call.
-        run, kept = _leading_run(runtime, talk, group, check if number == 1 else None)
+        check = check if number == 1 else None
+        run, kept = _leading_run(runtime, talk, group, check, streamed=streamed)
         if streamed and (run.program is None or run.shape.answers_per_query > 1):
             raise InvalidInputError(
                 "a stream is one answer by greedy search or sampling; use generate for beams and"
@@ -169,11 +156,37 @@ def _leading_runs(
             number=run.number,
             shape=run.shape,
             program=run.program,
-            text=settings.text if streamed else None,
+            text=run.settings.text if streamed else None,
             is_last=number == len(groups),
             kept=None if kept is None else kept.key,
         )
         yield start, run
+
+
+def _groups(
+    runtime: Runtime, talk: Conversation, query: Any, options: dict[str, Any]
+) -> list[Prepared]:
+    """Return the checked queries of a call, in groups that are answered one after another."""
+    context = talk.context
+    options = {"keep": True} | options if talk.turns else options
+    prepared = requests.prepared(runtime, context, query, options, talk.turns)
+    settings = prepared.settings
+    assert settings is not None, "rank 0 prepares"
+    # A second look chooses for one query, and its copy of the context is for that one alone. Kept
+    # keys begin one query.
+    if not (settings.second_look or talk.turns):
+        return [prepared]
+    runtime.positions.check_room(
+        len(context),
+        context.rope_length,
+        prepared.prompts,
+        settings.max_new_tokens,
+        len(talk.turns),
+    )
+    return [
+        replace(prepared, prompts=[prompt], queries=[each])
+        for prompt, each in zip(prepared.prompts, prepared.queries, strict=True)
+    ]
 
 
 def ask_with(runtime: Runtime) -> Ask:
@@ -191,6 +204,8 @@ def _leading_run(
     talk: Conversation,
     prepared: Prepared,
     check: Callable[[], None] | None,
+    *,
+    streamed: bool,
 ) -> tuple[GenerationRun, KeptTail | None]:
     """Return a run on rank 0, and what it takes over from earlier turns.
 
@@ -202,9 +217,17 @@ def _leading_run(
     if settings.uses_own_loop and not settings.second_look:
         kept, kept_tokens = reusable(talk, prepared.prompts[0])
     request = requests.for_answers(
-        runtime, context, prepared.prompts, settings, kept=kept, kept_tokens=kept_tokens
+        runtime,
+        context,
+        prepared.prompts,
+        settings,
+        kept=kept,
+        kept_tokens=kept_tokens,
+        has_looked=True,
+        looks_late=streamed,
     )
-    if check is not None and not (settings.uses_own_loop and request.is_ready):
+    is_later = settings.uses_own_loop and (streamed or request.is_ready)
+    if check is not None and not is_later:
         check()
         check = None
     run = GenerationRun(
@@ -243,6 +266,8 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
         sliced=program.sliced,
         second_look=program.second_look,
         kept=None if message.kept is None else contexts.get(message.kept),
+        has_looked=True,
+        looks_late=message.text is not None,
     )
     answer = None
     if message.text is not None:

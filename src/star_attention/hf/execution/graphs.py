@@ -107,13 +107,16 @@ class Graphs:
             for key, graph in captures.graphs.items()
         }
 
+    def look(self) -> None:
+        """Drop what was captured of a model whose weights have moved since."""
+        if self._validity.has_ended():
+            self._captures.clear()
+
     def serve(self, shard: ContextKV, comm: Comm) -> bool:
-        """Return True if graphs can read this rank's shard of a context.
+        """Return True if graphs can read this rank's shard of a context; a `look` comes before.
 
         Another rank may decide otherwise: its forwards have the same collectives.
         """
-        if self._validity.has_ended():
-            self._captures.clear()
         latents = self._latents()
         if latents is not None and any(window is not None for window in self._handle.windows):
             return False

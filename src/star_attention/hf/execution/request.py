@@ -87,6 +87,8 @@ class Request:
         looked: time that this took, once it is done.
         kept: keys and values that an earlier answer of a conversation left; None for none.
         kept_tokens: tokens at the beginning of the only query that these are of.
+        has_looked: True if the call has made a `look_at` already.
+        looks_late: True to look at graphs before the first forward, which a stream runs later.
     """
 
     handle: ModelHandle
@@ -107,6 +109,8 @@ class Request:
     looked: Lap | None = None
     kept: KeptTail | None = None
     kept_tokens: int = 0
+    has_looked: bool = False
+    looks_late: bool = False
 
     @property
     def query_tokens(self) -> int:
@@ -173,7 +177,7 @@ class Request:
         return cache_type(*self._cache_arguments(self.padding()))
 
     def _cache_arguments(self, padding: list[int]) -> Any:
-        sliced = slices.of(self.handle, self.sliced, self.comm)
+        sliced = slices.of(self.handle, self.sliced, self.comm, looked=self.has_looked)
         return (
             self.shard,
             self.handle.windows,
@@ -217,7 +221,11 @@ class Request:
     def graphs(self) -> Graphs | None:
         """CUDA graphs that serve this request's forwards, or None."""
         graphs = self.handle.graphs
-        return graphs if graphs is not None and graphs.serve(self.shard, self.comm) else None
+        if graphs is None:
+            return None
+        if not self.has_looked:
+            graphs.look()
+        return graphs if graphs.serve(self.shard, self.comm) else None
 
     @property
     def is_ready(self) -> bool:
@@ -261,6 +269,21 @@ class Request:
             for gap, ids_Q in zip(padding, ids_BQ, strict=True)
         ]
         return torch.stack(rows)
+
+
+def look_at(handle: ModelHandle, comm: Comm, *, later: bool = False) -> None:
+    """Drop graphs and slices of a model that has changed since.
+
+    A call does so once, for all of its requests: a look takes as long as a layer or two.
+
+    Args:
+        handle: the model.
+        comm: the ranks.
+        later: leave graphs to the first step (`Request.looks_late`).
+    """
+    if handle.graphs is not None and not later:
+        handle.graphs.look()
+    slices.look(handle, comm)
 
 
 def latents_of(handle: ModelHandle, shard: ContextKV) -> Latents | None:

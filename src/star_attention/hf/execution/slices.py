@@ -220,35 +220,55 @@ class _Kept:
     """Parts, by the bytes that a collective must save."""
 
 
-def _kept(handle: Any, comm: Comm) -> _Kept:
+def look(handle: Any, comm: Comm) -> None:
+    """Forget what is known of slices of a model that has changed since."""
+    if handle.kept_slices is not None:
+        _kept(handle, comm)
+
+
+def _kept(handle: Any, comm: Comm, *, looked: bool = False) -> _Kept:
+    """Return what is known of a model's slices, found anew if it is not true any more.
+
+    Args:
+        handle: the `ModelHandle` of the model.
+        comm: the ranks.
+        looked: the model is known not to have changed since.
+    """
+    looked = looked or handle.is_frozen
     ranks = comm.cp_size, comm.cp_rank
     # The forwards of other threads swap the classes of layers meanwhile.
     with hook.lock_of(handle.model):
         kept: _Kept | None = handle.kept_slices
-        if kept is None or kept.ranks != ranks or not kept.found.is_current:
+        if kept is None or kept.ranks != ranks or not (looked or kept.found.is_current):
             kept = _Kept(ranks, slice_groups.find(handle, comm.cp_size))
             handle.kept_slices = kept
         return kept
 
 
-def of(handle: Any, parts: tuple[str, ...], comm: Comm) -> Slices | None:
-    """Return a rank's slices of some parts of a `ModelHandle`'s model; None for no parts."""
+def of(handle: Any, parts: tuple[str, ...], comm: Comm, *, looked: bool = False) -> Slices | None:
+    """Return a rank's slices of some parts of a `ModelHandle`'s model; None for no parts.
+
+    `looked` says that the call has made a `look` already.
+    """
     if not parts:
         return None
-    kept = _kept(handle, comm)
+    kept = _kept(handle, comm, looked=looked)
     if parts not in kept.slices:
         use_kernel = triton_works(handle.device)
         kept.slices[parts] = Slices(kept.found, parts, kept.ranks, use_kernel=use_kernel)
     return kept.slices[parts]
 
 
-def choose(handle: Any, comm: Comm, wanted: bool | None) -> tuple[str, ...]:
+def choose(
+    handle: Any, comm: Comm, wanted: bool | None, *, looked: bool = False
+) -> tuple[str, ...]:
     """Return the parts of a model to multiply in slices.
 
     Args:
         handle: the `ModelHandle`.
         comm: the ranks.
         wanted: `StarConfig.slice_weights`.
+        looked: the call has made a `look` already.
 
     Raises:
         InvalidInputError: slices are asked for, and there are none.
@@ -264,7 +284,7 @@ def choose(handle: Any, comm: Comm, wanted: bool | None) -> tuple[str, ...]:
         return ()
     if wanted is None and not _is_fast(handle, comm):
         return ()
-    kept = _kept(handle, comm)
+    kept = _kept(handle, comm, looked=looked)
     found = kept.found
     if wanted is None:
         least = SAVED_BYTES_ON_CPU if handle.device.type == "cpu" else SAVED_BYTES
