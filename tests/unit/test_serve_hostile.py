@@ -102,6 +102,19 @@ def test_a_form_is_in_utf8(server: Server, charset: str) -> None:
     assert server.get("/v1/files", headers=ANN).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/contexts"])
+def test_what_is_no_form_is_refused_with_a_code(server: Server, path: str) -> None:
+    """Refusals of the parser had no code, and did not say what to send."""
+    for kind, form in (("; boundary=x", b"--y\r\n\r\n"), ("", b"--y\r\n")):
+        headers = ANN | {"content-type": f"multipart/form-data{kind}"}
+        response = server.post(path, headers=headers, content=form)
+        refused(response, "invalid_value", "send one file, in the field `file`")
+        assert response.json()["error"]["param"] == "file"
+    two = [("file", ("a", b"a")), ("file", ("b", b"b"))]
+    response = server.post(path, headers=ANN, files=two)
+    refused(response, "invalid_value", "Too many files")
+
+
 @pytest.mark.parametrize("depth", [101, 900, 50_000])
 def test_a_deep_body_is_refused_before_anything_reads_it(server: Server, depth: int) -> None:
     """Not a defect after a long recursion."""

@@ -71,11 +71,19 @@ class MarkedChat:
     documents: list[Document]
 
 
-def has_files(messages: list[Any]) -> bool:
-    """True if there may be a file in messages, as data that has to be read, or by its id."""
+def sent_files(messages: list[Any]) -> list[dict[str, Any]]:
+    """Return the files in messages that are there as data, and have to be read."""
     contents = [each.get("content") for each in messages if isinstance(each, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") == "file" for part in parts)
+    files = [
+        part.get("file") for part in parts if isinstance(part, dict) and part.get("type") == "file"
+    ]
+    return [file for file in files if isinstance(file, dict) and _is_sent(file)]
+
+
+def _is_sent(file: dict[str, Any]) -> bool:
+    others = (file.get("text"), file.get("file_id"))
+    return isinstance(file.get("file_data"), str) and not any(isinstance(o, str) for o in others)
 
 
 def unmarked(messages: list[Any], read_file: ReadFile) -> MarkedChat:

@@ -21,7 +21,6 @@ from star_attention.serve.contexts.lease import Lease
 from star_attention.serve.contexts.talks import Prompt, Talk
 from star_attention.serve.cutter import Cutter
 from star_attention.serve.http.fields import Ask
-from star_attention.serve.http.uploads import text_of
 from star_attention.serve.lanes import LONG_CHARACTERS, MESSAGE_CHARACTERS
 from star_attention.serve.reading import Piece, Source, after, document, on_context
 from star_attention.serve.refusals import RefusalError
@@ -262,36 +261,52 @@ class Prompts:
 
     async def _unmarked(self, tenant: str, messages: list[Any]) -> cut.MarkedChat:
         """Return messages without marks and files, which are read beside the event loop."""
+        sent = {id(file): await self._sent(tenant, file) for file in cut.sent_files(messages)}
 
         def read() -> cut.MarkedChat:
-            return cut.unmarked(messages, lambda part: self._file(tenant, part))
+            return cut.unmarked(messages, lambda part: self._file(tenant, part, sent))
 
         is_long = characters_in(messages, most=LONG_CHARACTERS) >= LONG_CHARACTERS
-        return await asyncio.to_thread(read) if is_long or cut.has_files(messages) else read()
+        return await asyncio.to_thread(read) if is_long else read()
 
-    def _file(self, tenant: str, part: dict[str, Any]) -> cut.Document:
+    async def _sent(self, tenant: str, file: dict[str, Any]) -> cut.Document:
+        """Return a file that is in a message itself, in base64."""
+        name = _name_of(file)
+        data = await asyncio.to_thread(_decoded, file["file_data"])
+        text = await self._service.documents.text_of(data, name or "file", tenant)
+        return cut.Document(text=text, name=name)
+
+    def _file(
+        self, tenant: str, part: dict[str, Any], sent: dict[int, cut.Document]
+    ) -> cut.Document:
         """Return a message's file: one that was uploaded, or in the message itself."""
         file = part.get("file")
         file = file if isinstance(file, dict) else {}
-        text, name = file.get("text"), file.get("filename")
-        name = name[:255] if isinstance(name, str) else None
-        if isinstance(text, str):
-            return cut.Document(text=text, name=name)
+        if id(file) in sent:
+            return sent[id(file)]
+        if isinstance(file.get("text"), str):
+            return cut.Document(text=file["text"], name=_name_of(file))
         if isinstance(file.get("file_id"), str):
             kept = self._service.files.get(tenant, file["file_id"])
             return cut.Document(text=kept.text, name=kept.name, file_id=kept.id)
-        data = file.get("file_data")
-        if not isinstance(data, str):
-            raise InvalidInputError(
-                "a part of type file has neither file_id nor file_data nor text; give one of them"
-            )
-        try:
-            content = base64.b64decode(data.rpartition(",")[2], validate=True)
-        except (binascii.Error, ValueError):
-            raise InvalidInputError(
-                "file_data is not base64; give a data URL such as data:text/plain;base64,..."
-            ) from None
-        return cut.Document(text=text_of(content, name or "file"), name=name)
+        raise InvalidInputError(
+            "a part of type file has neither file_id nor file_data nor text; give one of them"
+        )
+
+
+def _name_of(file: dict[str, Any]) -> str | None:
+    name = file.get("filename")
+    return name[:255] if isinstance(name, str) else None
+
+
+def _decoded(data: str) -> bytes:
+    """Return the bytes of a data URL, or of base64 alone."""
+    try:
+        return base64.b64decode(data.rpartition(",")[2], validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidInputError(
+            "file_data is not base64; give a data URL such as data:text/plain;base64,..."
+        ) from None
 
 
 def _size(messages: list[Any], template_kwargs: dict[str, Any]) -> int:

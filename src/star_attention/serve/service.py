@@ -14,6 +14,7 @@ from star_attention.hf.text.call_forms import call_form
 from star_attention.hf.text.endings import turn_end_ids
 from star_attention.serve.chats import Chats
 from star_attention.serve.contexts.store import ContextStore
+from star_attention.serve.documents import Documents
 from star_attention.serve.engine import Engine
 from star_attention.serve.http.body import whole_number
 from star_attention.serve.http.files import Files
@@ -102,6 +103,7 @@ class Service:
         # The chat template is asked once for these: not when streams wait for it.
         turn_end_ids(star.tokenizer)
         call_form(star.tokenizer)
+        self.documents = Documents(settings.max_body)
         self.chats = Chats(_MOST_HELD * settings.max_body)
         self.files = Files(_MOST_HELD * settings.max_body, is_shared=lambda: self.is_shared)
         self.responses = KeptResponses(settings.max_responses, _MOST_HELD * settings.max_body)

@@ -56,7 +56,7 @@ class ContextRoutes:
         limit = self._service.settings.max_body
         with self._service.visit(request):
             if is_form(request):
-                upload = await read_upload(request, limit)
+                upload = await read_upload(request, limit, self._service.documents)
                 body, file = _form(upload.fields), upload.text
                 body.fields.setdefault("name", upload.name)
             else:

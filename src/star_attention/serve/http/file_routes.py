@@ -23,7 +23,8 @@ class FileRoutes:
     async def create(self, request: Request) -> Response:
         """Keep an uploaded text."""
         with self._service.visit(request):
-            upload = await read_upload(request, self._service.settings.max_body)
+            limit, documents = self._service.settings.max_body, self._service.documents
+            upload = await read_upload(request, limit, documents)
         file = self._service.files.add(
             request.state.tenant,
             upload.name,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from star_attention.files import documents
-from star_attention.files.text import decode
+from star_attention.serve.documents import Documents
 from star_attention.serve.http.body import arriving, body_too_large, check_length
+from star_attention.serve.http.events import unless_left
 from star_attention.serve.http.problems import Problem, bad_request
 
 _MOST_FIELDS = 20
@@ -40,20 +39,31 @@ def is_form(request: Request) -> bool:
     return request.headers.get("content-type", "").startswith("multipart/form-data")
 
 
-async def read_upload(request: Request, limit: int) -> Upload:
-    """Return the file of a form, as text. Documents need the extra `documents`.
+async def read_upload(request: Request, limit: int, documents: Documents) -> Upload:
+    """Return the file of a form, as text.
+
+    Args:
+        request: one with a form.
+        limit: most bytes of its body.
+        documents: reads the file.
 
     Raises:
         Problem: 413 for a body beyond the limit, 400 for a form without a file.
-        TextError: it is not text.
+        TextError: it is no text, or takes too much to read.
+        MissingPackageError: it is a document, and the extra `documents` is not installed.
     """
     check_length(request, limit)
     limited = Request(request.scope, _limited(request, limit))
     try:
         async with arriving():
             form = await limited.form(max_files=1, max_fields=_MOST_FIELDS)
-    except MultiPartException as error:
-        raise bad_request(f"the form cannot be read: {error.message}", "file") from None
+    except HTTPException as error:
+        why = error.detail.rstrip(".")
+        raise bad_request(
+            f"the form cannot be read: {why}; send one file, in the field `file`, as"
+            " multipart/form-data",
+            "file",
+        ) from None
     except UnicodeError:
         raise _not_utf8() from None
     try:
@@ -68,18 +78,9 @@ async def read_upload(request: Request, limit: int) -> Upload:
         raise _not_utf8() from None
     finally:
         await form.close()
-    text = await asyncio.to_thread(text_of, data, name)
+    reading = documents.text_of(data, name, request.state.tenant)
+    text = await unless_left(request.receive, reading)
     return Upload(name=name, text=text, nbytes=len(data), fields=fields)
-
-
-def text_of(data: bytes, name: str) -> str:
-    """Return the text of a file's bytes; documents need the extra `documents`.
-
-    Raises:
-        TextError: it is not text.
-    """
-    kind = documents.document_kind(data)
-    return decode(data, name) if kind is None else documents.document_text(data, kind, name)
 
 
 def _not_utf8() -> Problem:
