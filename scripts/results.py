@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from star_attention.errors import InvalidInputError
 from star_attention.evals.reports.remarks import in_short
 from star_attention.evals.reports.report import write
-from star_attention.evals.reports.results import Results
+from star_attention.evals.reports.results import DENSE, Results
 from star_attention.evals.reports.wording import accuracy
 from star_attention.evals.runs.merge import join
 from star_attention.evals.runs.predictions import read_predictions
@@ -255,17 +256,22 @@ def print_tables(names: Sequence[str], out: Path) -> None:
 def print_shares(results: Results) -> None:
     """Print how much of the loss from dense attention to Star Attention each variant wins back.
 
-    Star Attention is the first variant without look-back; the mean is over all tasks and lengths.
+    Star Attention is the first variant without look-back; the mean is over all tasks and lengths,
+    with its 95 % interval.
     """
-    means = {variant: results.compared(variant) for variant in results.variants}
-    scores = {variant: cell.mean.value for variant, cell in means.items() if cell is not None}
-    star = next((name for name in scores if name.startswith("star") and "=" not in name), None)
-    beyond = any("lookback=" in name or "second_look=" in name for name in scores)
-    if not beyond or star is None or "dense" not in scores or scores["dense"] <= scores[star]:
+    names = results.variants
+    star = next((name for name in names if name.startswith("star") and "=" not in name), None)
+    beyond = [name for name in names if "lookback=" in name or "second_look=" in name]
+    if star is None or DENSE not in names:
         return
-    for variant, score in scores.items():
-        share = (score - scores[star]) / (scores["dense"] - scores[star])
-        print(f"share of the loss of {star} won back by {variant}: {share:.2f}")
+    for variant in beyond:
+        try:
+            share = results.won_back(variant, star)
+        except InvalidInputError as error:
+            print(f"no share of the loss of {star} won back by {variant}: {error}")
+            continue
+        ends = "" if share.low is None else f" ({share.low:.2f} to {share.high:.2f})"
+        print(f"share of the loss of {star} won back by {variant}: {share.value:.2f}{ends}")
 
 
 def main() -> None:

@@ -172,6 +172,50 @@ def test_scores_that_do_not_pair_are_refused(
     assert message in str(caught.value)
 
 
+# ------------------------------------------------------------------ shares of a way
+
+
+def three_methods(rng: random.Random, count: int) -> list[list[Scored]]:
+    """Draw scores of a method, of a worse one and of a better one; its true share is 0.75."""
+    methods: list[list[float]] = [[], [], []]
+    for _ in range(count):
+        easy = rng.random()
+        for scores, limit in zip(methods, (0.7, 0.4, 0.8), strict=True):
+            scores.append(float(easy < limit))
+    return [scored(scores) for scores in methods]
+
+
+def test_a_share_is_none_of_the_way_or_all_of_it() -> None:
+    scores, worst, best = three_methods(random.Random("share"), 60)
+    for own, share in ((worst, 0.0), (best, 1.0)):
+        found = stats.share(own[::-1], worst, best)
+        assert (found.value, found.low, found.high, found.n) == (share, share, share, 60)
+    found = stats.share(scores, worst, best)
+    way = stats.paired(best, worst).value
+    assert found.value == pytest.approx(stats.paired(scores, worst).value / way)
+
+
+def test_intervals_of_a_share_cover() -> None:
+    rng, trials, covered = random.Random("coverage of shares"), 400, 0
+    for trial in range(trials):
+        found = stats.share(*three_methods(rng, 80), seed=trial, resamples=1000)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 0.75 <= found.high
+    assert 0.91 <= covered / trials <= 0.98
+
+
+def test_there_is_no_share_of_nothing() -> None:
+    scores, worst, best = three_methods(random.Random("nothing"), 60)
+    with pytest.raises(InvalidInputError, match="a share of nothing is no number"):
+        stats.share(scores, best, worst)
+    few = stats.share(*(side[:5] for side in (scores, worst, scored([1.0] * 60))))
+    assert few.low is None
+    # One sample of sixty makes the way: two of three resamples hold it.
+    narrow = scored([1.0] + [0.0] * 59)
+    assert stats.share(narrow, scored([0.0] * 60), narrow).high is None
+
+
 def test_no_scores_have_no_mean() -> None:
     with pytest.raises(InvalidInputError, match="no scores"):
         stats.mean([])

@@ -136,26 +136,104 @@ def paired(
     Raises:
         InvalidInputError: If the samples, their cells or their prose differ.
     """
-    by_id, baseline_by_id = ({score.sample: score for score in side} for side in (scores, baseline))
-    check_pairs(by_id, baseline_by_id)
-    differences = [
-        replace(score, score=score.score - baseline_by_id[name].score)
-        for name, score in by_id.items()
-    ]
-    cells = [_clusters(cell) for cell in _by_cell(differences).values()]
-    value = math.fsum(_mean(cell) for cell in cells) / len(cells)
-    n = len(differences)
-    if any(len(cell) < MIN_CONTEXTS for cell in cells):
-        return Difference(value=value, low=None, high=None, n=n)
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(resamples, dtype=torch.float64)
-    for cell in cells:
-        stretch = math.sqrt(len(cell) / (len(cell) - 1))
-        total += _mean(cell) + stretch * (_resampled(cell, resamples, generator) - _mean(cell))
-    bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(total / len(cells), bounds).tolist()
+    pairs = _Pairs.of(scores, baseline)
+    if not pairs.suffice:
+        return Difference(value=pairs.value, low=None, high=None, n=pairs.n)
+    low, high = _ends(pairs.resampled(seed, resamples), level)
     # Summing in another order changes the last bits, which must not make "the same" a difference.
-    return Difference(value=_clean(value), low=_clean(low), high=_clean(high), n=n)
+    return Difference(value=_clean(pairs.value), low=_clean(low), high=_clean(high), n=pairs.n)
+
+
+def share(
+    scores: Iterable[Scored],
+    baseline: Iterable[Scored],
+    best: Iterable[Scored],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Difference:
+    """Return what share of the way from `baseline` to `best` the scores go, with an interval.
+
+    All three are on the same samples, which are resampled together, as `paired` does.
+
+    Args:
+        scores: Scores of one method.
+        baseline: Scores of the method whose share is 0.
+        best: Scores of the method whose share is 1.
+        seed, resamples, level: As for `paired`.
+
+    Returns:
+        The share in place of a difference. It has no interval where resamples leave no way to go.
+
+    Raises:
+        InvalidInputError: If samples differ, or `best` is no better than `baseline`.
+    """
+    # In one order, in which the same samples are drawn for both differences.
+    own, worst, most = (
+        sorted(side, key=lambda each: each.sample) for side in (scores, baseline, best)
+    )
+    won, whole = _Pairs.of(own, worst), _Pairs.of(most, worst)
+    if whole.value <= 0:
+        raise InvalidInputError(
+            "the better method scores no more than the other; a share of nothing is no number"
+        )
+    value = won.value / whole.value
+    if not whole.suffice:
+        return Difference(value=value, low=None, high=None, n=whole.n)
+    ways = whole.resampled(seed, resamples)
+    if bool((ways <= 0).any()):
+        return Difference(value=value, low=None, high=None, n=whole.n)
+    low, high = _ends(won.resampled(seed, resamples) / ways, level)
+    return Difference(value=value, low=low, high=high, n=whole.n)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Differences between two methods on the same samples, summed by context, for each cell."""
+
+    cells: list[list[tuple[float, int]]]
+
+    @classmethod
+    def of(cls, scores: Iterable[Scored], baseline: Iterable[Scored]) -> _Pairs:
+        """Subtract the baseline's scores; raises `InvalidInputError` if samples differ."""
+        own, other = ({score.sample: score for score in side} for side in (scores, baseline))
+        check_pairs(own, other)
+        differences = [
+            replace(score, score=score.score - other[name].score) for name, score in own.items()
+        ]
+        return cls([_clusters(cell) for cell in _by_cell(differences).values()])
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return sum(count for cell in self.cells for _, count in cell)
+
+    @property
+    def value(self) -> float:
+        """The mean of the cells' means."""
+        return math.fsum(_mean(cell) for cell in self.cells) / len(self.cells)
+
+    @property
+    def suffice(self) -> bool:
+        """True if every cell has enough contexts for an interval."""
+        return all(len(cell) >= MIN_CONTEXTS for cell in self.cells)
+
+    def resampled(self, seed: int, resamples: int) -> torch.Tensor:
+        """Return `value` of resamples, fp64 `[resamples]`."""
+        generator = torch.Generator().manual_seed(seed)
+        total = torch.zeros(resamples, dtype=torch.float64)
+        for cell in self.cells:
+            stretch = math.sqrt(len(cell) / (len(cell) - 1))
+            total += _mean(cell) + stretch * (_resampled(cell, resamples, generator) - _mean(cell))
+        return total / len(self.cells)
+
+
+def _ends(values: torch.Tensor, level: float) -> list[float]:
+    """Return the ends of the interval that holds a part of the values."""
+    bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    ends: list[float] = torch.quantile(values, bounds).tolist()
+    return ends
 
 
 def check_pairs(scores: Mapping[str, Scored], baseline: Mapping[str, Scored]) -> None:

@@ -227,29 +227,50 @@ class Results:
     def _compare(
         self, variant: str, task: str | None, group: str | None, length: int | None
     ) -> Comparison | None:
-        def scores_of(key: str) -> list[Scored]:
-            predictions = self.select(key, task=task, group=group, length=length)
-            if task is None or length is None:
-                predictions = [
-                    prediction
-                    for prediction in predictions
-                    if self._has_all_variants(prediction.task, prediction.length)
-                ]
-            return scored(predictions)
-
-        scores = scores_of(variant)
+        scores = self._scores(variant, task, group, length)
         if not scores:
             return None
         difference, unpaired = None, None
         if variant != self.baseline:
             try:
                 # Scores are from 0 to 1.
-                difference = stats.paired(scores, scores_of(self.baseline)).within(-1.0, 1.0)
+                baseline = self._scores(self.baseline, task, group, length)
+                difference = stats.paired(scores, baseline).within(-1.0, 1.0)
             except InvalidInputError as error:
                 unpaired = str(error)
         return Comparison(
             variant=variant, mean=stats.mean(scores), difference=difference, unpaired=unpaired
         )
+
+    def won_back(self, variant: str, baseline: str) -> Difference:
+        """Return the share of a method's loss, against dense attention, that a variant wins back.
+
+        Args:
+            variant: Key of the variant.
+            baseline: Key of the method that loses.
+
+        Raises:
+            InvalidInputError: If it loses nothing, or was not measured on the same samples.
+        """
+        own, worst, best = (self._scores(key) for key in (variant, baseline, DENSE))
+        return stats.share(own, worst, best)
+
+    def _scores(
+        self,
+        variant: str,
+        task: str | None = None,
+        group: str | None = None,
+        length: int | None = None,
+    ) -> list[Scored]:
+        """Return a variant's scores; over several cells, of those that all variants have."""
+        predictions = self.select(variant, task=task, group=group, length=length)
+        if task is None or length is None:
+            predictions = [
+                prediction
+                for prediction in predictions
+                if self._has_all_variants(prediction.task, prediction.length)
+            ]
+        return scored(predictions)
 
     def speed(self, variant: str, length: int) -> Speed | None:
         """Return the medians at one length; None if the variant has no predictions there."""
