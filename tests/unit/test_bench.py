@@ -116,6 +116,15 @@ def test_an_edit_beside_encoding_anew() -> None:
     assert "edit / text" in text
 
 
+def test_what_a_second_look_adds_to_a_question() -> None:
+    sizes = [*SMALL, "--answer-tokens", "2", "--methods", "dense,star,balanced"]
+    text, record = bench("questions", *MODEL, *sizes, "--second-look", "0.5")
+    dense, *others = record["rows"]
+    assert dense["second_look_s"] is None
+    assert all(row["second_look_s"] > 0 for row in others)
+    assert "second look of 0.5 adds s" in text
+
+
 def test_rows() -> None:
     cases = ["--texts", "2", "--rows", "1,3", "--cases", "lockstep,turnover,encode,turn"]
     text, record = bench("rows", *MODEL, *SMALL, *cases, "--answer-tokens", "4")
@@ -186,6 +195,8 @@ COMMANDS = ("prefill", "decode", "questions", "kernels", "startup", "rows")
             " blocks or longer contexts",
         ),
         (["decode", *MODEL, "--kv-device", "gpu"], "kv_device 'gpu' is unknown"),
+        (["questions", *MODEL, "--second-look", "2"], "second_look 2.0 is not a share from 0 to 1"),
+        (["questions", *MODEL, "--methods", "best"], "method 'best' is unknown"),
         (["rows", *MODEL, "--rows", "1,0"], "rows '0' is not a number from 1; give e.g. 1,32"),
         (["rows", *MODEL, "--cases", "all"], "case 'all' is unknown; choose from lockstep, turn"),
         *(([name, *MODEL, "--context", "0"], f"context 0 {BELOW}") for name in COMMANDS),

@@ -27,6 +27,7 @@ from star_attention.bench.modes import (
 )
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, in_short, measure
 from star_attention.engine import StarLLM
+from star_attention.planning.quality import QUALITIES
 from star_attention.planning.sizes import format_size
 from star_attention.storage.context import EncodedContext
 from star_attention.tools import machine
@@ -35,6 +36,13 @@ STOCK = "stock"
 METHODS = (STOCK, "dense", "star")
 METHODS_ON_RANKS = ("star",)
 """Those of a run by default; all are methods of `StarLLM` but `STOCK`, which runs on one rank."""
+PRESETS = tuple(QUALITIES)[1:]
+"""Methods that are Star Attention with a preset of look-back."""
+
+
+def engine_settings(method: str) -> dict[str, Any]:
+    """Return the settings of an engine that a method's name stands for."""
+    return dict(method="star", quality=method) if method in PRESETS else dict(method=method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,9 @@ class QuestionsRow:
         question_s: time of a batch of questions with their answers, divided by its size; the
             median.
         first_token_s: time to the first tokens of a batch's answers.
+        second_look: share of the context of a second look.
+        second_look_s: what it adds to the time to the first token of one question; None if not
+            asked for, and for methods that have none.
         tokens_per_s: tokens per second after these, of all answers of a batch.
         peak_bytes: peak device memory of each rank while answering; None where it is not measured.
         failed: the reason if there are no numbers.
@@ -71,6 +82,8 @@ class QuestionsRow:
     edit_s: float | None = None
     question_s: float | None = None
     first_token_s: float | None = None
+    second_look: float = 0.0
+    second_look_s: float | None = None
     tokens_per_s: float | None = None
     peak_bytes: tuple[int, ...] | None = None
     failed: str | None = None
@@ -98,6 +111,8 @@ class Questions(Benchmark[QuestionsRow]):
         slice_weights: as for `Decode`.
         alone: of several ranks, also measure rank 0 by itself.
         edit: also measure an edit of one block. It takes the memory of a second context.
+        second_look: also measure a second look at this share of the context, which takes as much;
+            0 for none.
         methods: None for `METHODS`, or `METHODS_ON_RANKS`.
     """
 
@@ -113,6 +128,7 @@ class Questions(Benchmark[QuestionsRow]):
     slice_weights: bool | None = None
     alone: bool = True
     edit: bool = False
+    second_look: float = 0.0
     methods: list[str] | None = None
 
     @property
@@ -127,6 +143,7 @@ class Questions(Benchmark[QuestionsRow]):
                     context=context,
                     questions=self.questions,
                     batch=1 if method == STOCK else self.batch,
+                    second_look=self.second_look,
                     ranks=ranks,
                     tensor_parallel=target.tensor_parallel,
                     weights=weights,
@@ -191,7 +208,7 @@ class Questions(Benchmark[QuestionsRow]):
             alone=row.ranks < target.ranks,
             compile=self.compile,
             block_size=block_of(self.block, row.context, target),
-            method=row.method,
+            **engine_settings(row.method),
             **weights_settings(row.ranks, row.weights),
         )
         star = by_rule(star, row.weights, self.slice_weights)
@@ -227,6 +244,7 @@ class Questions(Benchmark[QuestionsRow]):
             edit_s=edit_s,
             question_s=whole_s / row.batch,
             first_token_s=first_s,
+            second_look_s=self._time_second_look(star, encoded[0], target),
             tokens_per_s=later / (whole_s - first_s) if later and whole_s > first_s else None,
             peak_bytes=whole[-1].peak_bytes,
         )
@@ -239,6 +257,25 @@ class Questions(Benchmark[QuestionsRow]):
         comm = star.runtime.comm
         runs = [measure(edit, target.device, comm) for _ in range(1 + self.repeats)][1:]
         return median(run.seconds for run in runs)
+
+    def _time_second_look(
+        self, star: StarLLM, context: EncodedContext, target: Target
+    ) -> float | None:
+        """Return what a second look adds to a first token, by medians of questions in turn."""
+        if not self.second_look or star.runtime.method.why_no_second_look() is not None:
+            return None
+        query = random_ids(target.model, self.query_tokens, 1)
+        ask = partial(star.generate, context, query, ignore_eos=True, max_new_tokens=1)
+        shares = (0.0, self.second_look)
+        runs = [
+            [
+                measure(partial(ask, second_look=share), target.device, star.runtime.comm).seconds
+                for share in shares
+            ]
+            for _ in range(1 + self.repeats)
+        ][1:]
+        plain, looking = zip(*runs, strict=True)
+        return float(median(looking) - median(plain))
 
     def table(self, rows: list[QuestionsRow]) -> list[tuple[str, ...]]:
         on_ranks = any(row.ranks > 1 for row in rows)
@@ -254,10 +291,38 @@ class Questions(Benchmark[QuestionsRow]):
             "x one rank" if on_ranks else "x stock",
             "at once",
             "first tokens s",
+            *([f"second look of {self.second_look:g} adds s"] if self.second_look else []),
             "tok/s",
         ]
-        lines = [header, *(_cells(row, rows, on_ranks, edit=self.edit) for row in rows)]
+        lines = [header, *(self._cells(row, rows, on_ranks) for row in rows)]
         return [tuple(line + [""] * (len(header) - len(line))) for line in lines]
+
+    def _cells(self, row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool) -> list[str]:
+        place = [str(row.ranks), row.weights] if on_ranks else []
+        start = [format_size(row.context), row.method, *place]
+        if row.total_s is None or row.encode_s is None or row.question_s is None:
+            return [*start, in_short(row.failed)]
+        return [
+            *start,
+            f"{row.encode_s:,.3g}",
+            *(
+                ["" if row.edit_s is None else f"{row.edit_s / row.encode_s:.3f}"]
+                if self.edit
+                else []
+            ),
+            f"{row.question_s:,.3g}",
+            str(row.questions),
+            f"{row.total_s:,.3g}",
+            _ratio(row, rows, on_ranks),
+            str(row.batch),
+            _seconds(row.first_token_s),
+            *([_seconds(row.second_look_s)] if self.second_look else []),
+            "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+        ]
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:,.3g}"
 
 
 @torch.no_grad()
@@ -267,25 +332,6 @@ def _stock_generate(model: Any, ids_L: Tensor, tokens: int) -> Any:
     )
     ids_1L = ids_L[None].to(model.device)
     return model.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), generation_config=config)
-
-
-def _cells(row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool, *, edit: bool) -> list[str]:
-    place = [str(row.ranks), row.weights] if on_ranks else []
-    start = [format_size(row.context), row.method, *place]
-    if row.total_s is None or row.encode_s is None or row.question_s is None:
-        return [*start, in_short(row.failed)]
-    return [
-        *start,
-        f"{row.encode_s:,.3g}",
-        *(["" if row.edit_s is None else f"{row.edit_s / row.encode_s:.3f}"] if edit else []),
-        f"{row.question_s:,.3g}",
-        str(row.questions),
-        f"{row.total_s:,.3g}",
-        _ratio(row, rows, on_ranks),
-        str(row.batch),
-        "" if row.first_token_s is None else f"{row.first_token_s:,.3g}",
-        "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
-    ]
 
 
 def _ratio(row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool) -> str:

@@ -13,6 +13,7 @@ from star_attention.cli.sizes import token_count, token_counts
 from star_attention.cli.torchrun import rank_and_size
 from star_attention.config import KV_SETTINGS, StarConfig, check_device, check_dtype
 from star_attention.errors import InvalidInputError, quote
+from star_attention.planning.second_look import check_share
 
 if TYPE_CHECKING:
     from star_attention.bench.decode import Decode
@@ -246,7 +247,8 @@ class QuestionsOptions:
     methods: Annotated[
         str | None,
         option(
-            "Methods, separated by commas: stock (transformers), dense, star, ring.",
+            "Methods, separated by commas: stock (transformers), dense, star, balanced and high"
+            " (star with that --quality), ring.",
             panel=PANEL,
             metavar="NAMES",
             show_default="stock,dense,star; on several ranks star",
@@ -273,15 +275,26 @@ class QuestionsOptions:
             panel=PANEL,
         ),
     ] = False
+    second_look: Annotated[
+        float,
+        option(
+            "Also time a second look at this share of the text, 0 to 1: what it adds to the first"
+            " token of a question; takes the memory of a second copy.",
+            "--second-look",
+            panel=PANEL,
+            metavar="SHARE",
+        ),
+    ] = 0.0
 
     def benchmark(self) -> Questions:
         """Check the options."""
-        from star_attention.bench.questions import STOCK, Questions
+        from star_attention.bench.questions import STOCK, Questions, engine_settings
 
+        check_share(self.second_look)
         methods = None if self.methods is None else names_of(self.methods)
         for method in methods or ():
             if method != STOCK:
-                StarConfig(method=method)
+                StarConfig.of(**engine_settings(method))
         return Questions(
             contexts=token_counts(self.context, "context"),
             block=token_count(self.block, "block_size"),
@@ -294,6 +307,7 @@ class QuestionsOptions:
             slice_weights=self.slice_weights,
             alone=self.alone,
             edit=self.edit,
+            second_look=self.second_look,
             methods=methods,
         )
 
