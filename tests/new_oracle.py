@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.kernels.row_tables import RowTables
-from star_attention.attention.rotation import HeadNorms, Rotation
+from star_attention.attention.rotation import Rotation
 
 H, G, D = 6, 2, 16
 
@@ -37,7 +37,7 @@ class NewTokens:
         """Compare queries of all heads and tails with what they should be, to rounding."""
         q, k, v = (torch.cat(of_ranks, 2) for of_ranks in zip(*self.own, strict=True))
         if self.rotation is not None:
-            q, k = self.rotation.both(q, k)
+            q, k = self.rotation.rotate(q), self.rotation.rotate(k)
         _close(queries, q)
         for row, (pair, old) in enumerate(zip(self.stored, before, strict=True)):
             for tail, was, new in zip(pair, old, (k, v), strict=True):
@@ -57,18 +57,9 @@ def _close(actual: Tensor, expected: Tensor) -> None:
 
 
 def new_tokens(
-    seed: int,
-    ranks: int,
-    dtype: torch.dtype,
-    draw: random.Random,
-    device: str = "cpu",
-    *,
-    normed: bool = False,
+    seed: int, ranks: int, dtype: torch.dtype, draw: random.Random, device: str = "cpu"
 ) -> NewTokens:
-    """Return tokens of rows whose tails are their own, or of one context, rotated or not.
-
-    Heads are `normed` before they are rotated.
-    """
+    """Return tokens of rows whose tails are their own, or of one context, rotated or not."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -81,10 +72,7 @@ def new_tokens(
     rotation = None
     if draw.random() < 0.7:
         cos, sin = numbers(draw.choice([1, R]), Q, angles), numbers(R, Q, angles)
-        norms = None
-        if normed:
-            norms = HeadNorms(query=numbers(D), key=numbers(D), offset=1.0, eps=1e-3)
-        rotation = Rotation(cos_RQE=cos, sin_RQE=sin[: len(cos)], pairs=pairs, norms=norms)
+        rotation = Rotation(cos_RQE=cos, sin_RQE=sin[: len(cos)], pairs=pairs)
     if by_row:
         capacities = [9, 4, 0][:R]
         lengths = [8, 1, 0][:R]
