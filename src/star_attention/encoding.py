@@ -6,14 +6,15 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
 
 from star_attention import inputs, methods, phase1, phase1_versions
-from star_attention.errors import InvalidInputError, quote
+from star_attention.config import StarSettings
+from star_attention.errors import OF_THE_ENGINE, InvalidInputError, quote, unknown_option
 from star_attention.hf.execution import finite
 from star_attention.hf.loading import identity
 from star_attention.hf.progress import Progress, ProgressBar, shown
@@ -42,6 +43,20 @@ class EncodeOptions(TypedDict, total=False):
     tools: Sequence[Any] | None
     chat_template_kwargs: dict[str, Any] | None
     reuse: EncodedContext | None
+
+
+def check_options(names: Iterable[str]) -> None:
+    """Raise `UnknownOptionError` for the first keyword that `StarLLM.encode` does not take."""
+    known = EncodeOptions.__annotations__
+    for name in names:
+        if name not in known:
+            raise unknown_option(
+                "encode()",
+                name,
+                known=known,
+                instead=dict.fromkeys(StarSettings.__annotations__, OF_THE_ENGINE.format(name)),
+                otherwise=f"it takes {', '.join(known)}",
+            )
 
 
 def encode(

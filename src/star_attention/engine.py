@@ -217,6 +217,7 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         reuse: EncodedContext | None = None,
+        **unknown: Any,
     ) -> EncodedContext | list[EncodedContext]:
         """Encode a context (phase 1, prefill): compute and keep the keys and values of its tokens.
 
@@ -228,17 +229,14 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
                 (`span.start`, `span.stop`: tokens of the context; on several ranks not always in
                 their order) and the `BlockPlan` (`plan.context_tokens`, `plan.num_blocks`); True
                 shows a bar, False none. None shows it on terminals and in notebooks after a second,
-                unless transformers' progress bars are off
-                (`transformers.utils.logging.disable_progress_bar()`).
-            query: queries that will be asked of each context, where they are known: one that
-                `generate` would refuse (no positions left for its answer) is refused before
-                anything is encoded.
+                unless transformers' progress bars are off.
+            query: queries that will be asked of each context, if known: what `generate` would
+                refuse (no positions left for an answer) is refused before anything is encoded.
             settings: keywords of `generate` for these queries.
             tools: in a chat, what the model may call: functions with types and docstrings, or dicts
-                in OpenAI's form. They are kept in the context, also for its queries and in its
-                file; its queries can have no others (`Generation.tool_calls`).
+                in OpenAI's form. The context and its file keep them (`Generation.tool_calls`).
             chat_template_kwargs: what else the chat template reads beside messages: documents,
-                enable_thinking, ... They are kept in the context, also for its queries.
+                enable_thinking, ... The context keeps them for its queries.
             reuse: a context of which this is a new version: its method, sizes and KV format are
                 taken, and blocks with the same tokens are copied (`edit` says which).
 
@@ -250,7 +248,9 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
             ContextLengthError: more tokens than the model has positions.
             SizeError: sizes that do not fit the context.
             OutOfMemoryError: with the size to lower.
+            UnknownOptionError: an unknown keyword.
         """
+        encoding.check_options(unknown)
         comm = self.runtime.comm
         with self.runtime.collective("encode"):
             (several, contexts), key = comm.run_on_rank_0(

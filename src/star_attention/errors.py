@@ -193,6 +193,10 @@ def quote_path(path: object) -> str:
     return name if is_path or len(name) <= QUOTED_CHARACTERS else f"...{name[-QUOTED_CHARACTERS:]}"
 
 
+OF_THE_ENGINE = "it is a setting of the engine: use star.with_config({}=...)"
+"""What to do with a keyword that is a field of `StarConfig`, for `unknown_option`."""
+
+
 def unknown_option(
     call: str, name: str, *, known: Iterable[str], instead: Mapping[str, str], otherwise: str
 ) -> UnknownOptionError:

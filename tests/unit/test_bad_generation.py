@@ -49,6 +49,7 @@ def context(star: StarLLM) -> EncodedContext:
         ("cache_implementation", "does not take 'cache_implementation'"),
         ("max_length", "max_length counts the context too; use max_new_tokens"),
         ("min_length", "min_length counts the context too; use min_new_tokens"),
+        ("block_size", r"'block_size'; it is a setting of the engine: use star\.with_config"),
     ],
 )
 def test_an_unknown_argument_is_a_type_error(
@@ -57,6 +58,25 @@ def test_an_unknown_argument_is_a_type_error(
     with pytest.raises(TypeError, match=message) as caught:
         star.generate(context, ids(5), **{name: 1})
     assert isinstance(caught.value, UnknownOptionError)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "block_size",
+            r"encode\(\) does not take 'block_size'; it is a setting of the engine: use"
+            r" star\.with_config\(block_size=\.\.\.\)$",
+        ),
+        ("tool", r"does not take 'tool'; did you mean 'tools'\?$"),
+        ("seed", r"does not take 'seed'; it takes progress, query, settings, tools, chat_template"),
+    ],
+)
+def test_an_unknown_argument_of_encode(name: str, message: str, star: StarLLM) -> None:
+    with pytest.raises(UnknownOptionError, match=message):
+        star.encode(ids(5), **{name: 1})  # type: ignore[call-overload]
+    with star.batch() as batch, pytest.raises(UnknownOptionError, match=message):
+        batch.encode(ids(5), **{name: 1})  # type: ignore[misc]
 
 
 BAD_ARGUMENTS = [

@@ -78,6 +78,7 @@ _TYPES = {
     "Progress": "a function, called with the [`Span`](#span) that a forward encoded and the"
     " [`BlockPlan`](#blockplan)",
     "Unpack[StarSettings]": "the fields of [`StarConfig`](#starconfig) as keywords",
+    "Unpack[EncodeOptions]": "the keywords of `StarLLM.encode`, listed there",
     "Unpack[GenerateOptions]": "the fields of [`GenerationSettings`](#generationsettings) and the"
     " arguments of transformers' `GenerationConfig` as keywords",
 }

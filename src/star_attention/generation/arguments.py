@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from star_attention.config import StarSettings
 from star_attention.errors import (
+    OF_THE_ENGINE,
     InvalidInputError,
     StarAttentionError,
     UnknownOptionError,
@@ -51,6 +53,7 @@ _INSTEAD = {
         ("enable_thinking", "thinking", "reasoning_effort", "documents"),
         "the chat template reads it: use chat_template_kwargs={name: value}",
     ),
+    **{name: OF_THE_ENGINE.format(name) for name in StarSettings.__annotations__},
     "prefix_allowed_tokens_fn": "give transformers' PrefixConstrainedLogitsProcessor in"
     " logits_processor=",
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
 
+from star_attention.encoding import EncodeOptions, check_options
 from star_attention.errors import InvalidInputError, quote, release_frames_on_oom
 from star_attention.generation import requests
 from star_attention.generation.batching.encoding import Encoding, Encodings, encode_task
@@ -23,11 +24,9 @@ from star_attention.generation.result import Asked, Delta, Generation, talk_afte
 from star_attention.generation.run import warn_of_unanswered
 from star_attention.generation.settings import GenerateOptions, ResolvedSettings
 from star_attention.generation.start import ask_with
-from star_attention.hf.progress import Progress
 from star_attention.hf.text.tool_reader import with_tools
-from star_attention.inputs import Content, Contents, Prepared
+from star_attention.inputs import Content, Prepared
 from star_attention.runtime import Runtime
-from star_attention.storage.context import EncodedContext
 from star_attention.storage.transient import Transient
 
 MAX_ROWS = 64
@@ -220,13 +219,7 @@ class Batch(Transient):
     def encode(
         self,
         content: Content | Prepared,
-        *,
-        progress: Progress | bool | None = None,
-        query: Content | Contents | None = None,
-        settings: dict[str, Any] | None = None,
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        reuse: EncodedContext | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Encoding:
         """Encode a context between the steps of the rows, which it slows down but does not stop.
 
@@ -236,21 +229,19 @@ class Batch(Transient):
 
         Args:
             content: a context, as for `StarLLM.encode`.
-            progress, query, settings, tools, chat_template_kwargs, reuse: as for `StarLLM.encode`.
+            options: keywords of `StarLLM.encode`.
 
         Raises:
             InvalidInputError: several contexts, or a batch that is closed; and whatever
                 `StarLLM.encode` raises before it encodes anything.
         """
         self._check_open()
-        options = dict(
-            query=query,
-            settings=settings,
-            chat_template_kwargs=with_tools(self._runtime.tokenizer, chat_template_kwargs, tools),
-            reuse=reuse,
-        )
+        check_options(options)
+        progress, tools = options.get("progress"), options.get("tools")
+        kwargs = with_tools(self._runtime.tokenizer, options.get("chat_template_kwargs"), tools)
+        wanted = {**options, "chat_template_kwargs": kwargs}
         with release_frames_on_oom():
-            task = encode_task(self._runtime, self._lead, content, progress, options)
+            task = encode_task(self._runtime, self._lead, content, progress, wanted)
         self._encodings.add(task)
         return Encoding(task, self.step)
 
