@@ -68,6 +68,8 @@ def test_a_file_of_settings(served: list[Any], tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("max-rowz = 5", "serve has no option --max-rowz"),
+        ("no-implicit = true", "no option --no-implicit in a file; give implicit = false"),
+        ('config = "more.toml"', "a file of settings names no other one; leave config out"),
         ("max-rows =", "cannot be read: "),
         ("max-rows = 0", "--max-rows"),
     ],

@@ -162,6 +162,28 @@ def test_a_context_that_is_deleted_before_it_is_there() -> None:
         assert eventually(server.is_idle)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_context_that_is_deleted_while_its_client_waits(stream: bool) -> None:
+    """Forbids a stream that breaks off, and the words for a context that never was."""
+    headers = {"accept": "text/event-stream"} if stream else {}
+    body = {"text": DOCUMENT * 15}
+    with running() as server, ThreadPoolExecutor(1) as client:
+        made = client.submit(server.post, f"{CONTEXTS}?wait=true", body, headers=headers)
+        assert eventually(lambda: bool(server.get(CONTEXTS).json()["data"]))
+        (context,) = server.get(CONTEXTS).json()["data"]
+        assert context["status"] in ("queued", "encoding")
+        httpx.delete(f"{server.url}{CONTEXTS}/{context['id']}")
+        response = made.result()
+        if stream:
+            *_, error, done = [line for line in response.text.split("\n\n") if line]
+            assert done == "data: [DONE]"
+            gone = json.loads(error.removeprefix("data: "))
+        else:
+            assert response.status_code == 409
+            gone = response.json()
+        assert gone["error"]["code"] == "context_deleted"
+
+
 def test_many_who_ask_about_a_new_document_at_once(server: Server) -> None:
     """Forbids an encode for each of them, and other answers in company."""
     body = {"messages": in_parts(DOCUMENT, QUESTION), "max_tokens": 20}
@@ -271,7 +293,10 @@ def test_a_context_that_goes_on(server: Server) -> None:
 def test_documents_that_cannot_be_kept(quick: Server, body: dict[str, Any], message: str) -> None:
     response = quick.post(CONTEXTS, body)
     assert response.status_code == 400, response.text
-    assert message in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert message in error["message"]
+    # The field at fault is the last one that is given.
+    assert error["param"] == [*body, "text"][max(len(body) - 1, 0)]
 
 
 @pytest.mark.parametrize(

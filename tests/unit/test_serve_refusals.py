@@ -30,6 +30,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def file(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "file", "file": fields}]}]
+
+
 def problem(response: httpx.Response, status: int) -> dict[str, Any]:
     """Return the error of a response, which is in OpenAI's envelope."""
     assert response.status_code == status, response.text
@@ -64,6 +68,10 @@ def problem(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"messages": []}, "messages", "expected a list of messages that is not empty"),
         ({"messages": None}, "messages", "messages is missing: expected a list of messages"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "template does not read it; leave it"),
+        ({"messages": [1]}, "messages", "message 1 of 1 is of type int"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image"),
+        ({"messages": file({"file_data": "!"})}, "messages", "is not base64"),
+        ({"messages": file({})}, "messages", "neither file_id nor file_data"),
     ],
 )
 def test_fields_that_cannot_work(

@@ -286,15 +286,25 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {first_line(error)}") from None
-    names = {p.name for p in context.command.params if p.param_type_name == "option"}
+    options = (p for p in context.command.params if p.param_type_name == "option")
+    names = {p.name for p in options if p.name and p.name != "config"}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = key.removeprefix("--").replace("-", "_")
         if name not in names:
-            raise typer.BadParameter(f"{path}: serve has no option --{name.replace('_', '-')}")
+            raise typer.BadParameter(f"{path}: {_no_option(name, names)}")
         defaults[name] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def _no_option(name: str, names: set[str]) -> str:
+    """Return why a key of a file is none."""
+    if name == "config":
+        return "a file of settings names no other one; leave config out"
+    switch = name.removeprefix("no_")
+    hint = f"; give {switch.replace('_', '-')} = false" if switch in names else ""
+    return f"serve has no option --{name.replace('_', '-')} in a file{hint}"
 
 
 ConfigFile = Annotated[

@@ -21,6 +21,7 @@ from star_attention.serve.contexts.lease import Lease
 from star_attention.serve.contexts.talks import Prompt, Talk
 from star_attention.serve.cutter import Cutter
 from star_attention.serve.http.fields import Ask
+from star_attention.serve.http.problems import about
 from star_attention.serve.lanes import LONG_CHARACTERS, MESSAGE_CHARACTERS
 from star_attention.serve.reading import Piece, Source, after, document, on_context
 from star_attention.serve.refusals import RefusalError
@@ -143,8 +144,12 @@ class Prompts:
         """Return the plan of a chat.
 
         Raises:
-            InvalidInputError: messages that cannot be read.
+            Problem: messages that cannot be read.
         """
+        with about(ask.name("messages")):
+            return await self._of_chat(tenant, messages, ask)
+
+    async def _of_chat(self, tenant: str, messages: list[Any], ask: Ask) -> Plan:
         named = self._named(tenant, ask)
         marked = await self._unmarked(tenant, messages)
         scope, chats = Scope(tenant=tenant, salt=ask.salt), self._service.chats
@@ -169,8 +174,12 @@ class Prompts:
         """Return the plan of a text or of token ids.
 
         Raises:
-            InvalidInputError: ids outside the vocabulary, or no tokens.
+            Problem: ids outside the vocabulary, or no tokens.
         """
+        with about(ask.name("prompt")):
+            return await self._of_text(tenant, prompt, ask)
+
+    async def _of_text(self, tenant: str, prompt: str | list[int], ask: Ask) -> Plan:
         named = self._named(tenant, ask)
         scope = Scope(tenant=tenant, salt=ask.salt)
 

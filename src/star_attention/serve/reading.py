@@ -38,6 +38,12 @@ class Source:
     after: Content | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def param(self) -> str:
+        """The field of a request that has it."""
+        names = ("messages", "token_ids")
+        return next((name for name in names if getattr(self, name) is not None), "text")
+
 
 Known = Callable[[RenderedText], Content | None]
 """Returns the content that a rendered text is known to make; None for nothing."""

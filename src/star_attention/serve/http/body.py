@@ -19,6 +19,14 @@ _LARGE = 2**18
 _MOST_DEPTH = 100
 """Levels of lists and objects in each other; what reads values further on recurses into them."""
 _MOST_DIGITS = 18
+_JSON_NAMES: dict[type, str] = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 MOST_BODY_S = 300.0
 """Seconds in which a body has to come."""
 
@@ -106,7 +114,7 @@ async def read_object(request: Request, limit: int) -> Body:
     value = await value if asyncio.iscoroutine(value) else value
     if not isinstance(value, dict):
         raise bad_request(
-            f"the body is a {type(value).__name__}; expected a JSON object", code="invalid_json"
+            f"the body is {_JSON_NAMES[type(value)]}; expected a JSON object", code="invalid_json"
         )
     return Body(value)
 

@@ -24,11 +24,12 @@ from star_attention.serve.http.body import (
 )
 from star_attention.serve.http.events import DONE, EventStream, ObjectResponse, event, unless_left
 from star_attention.serve.http.fields import MOST_TTL_S, read_template_kwargs, refuse_fields
-from star_attention.serve.http.problems import bad_request
+from star_attention.serve.http.problems import about, bad_request, of_error
 from star_attention.serve.http.tools import read_tools, reader_of
 from star_attention.serve.http.uploads import is_form, read_upload
 from star_attention.serve.prompts import Prompts
 from star_attention.serve.reading import Source
+from star_attention.serve.refusals import RefusalError
 from star_attention.serve.service import Service
 from star_attention.serve.texts import text_of
 
@@ -83,7 +84,8 @@ class ContextRoutes:
         ttl, pin = _ttl(body, None), body.flag("pin")
         name, waits = body.text("name", most=200), _waits(request)
         _ignore(service, body)
-        wanted = await self._prompts.of_document(request.state.tenant, salt, source, ttl)
+        with about(source.param):
+            wanted = await self._prompts.of_document(request.state.tenant, salt, source, ttl)
         view, is_new = service.store.create(wanted, name=name, pin=pin)
         if "text/event-stream" in request.headers.get("accept", ""):
             headers = {"x-star-context": view.id}
@@ -150,18 +152,39 @@ class ContextRoutes:
         return {**kwargs, "tools": tools.given}
 
     async def _ended(self, request: Request, id: str) -> ContextView:
-        """Return a context once it is there, or has failed."""
+        """Return a context once it is there, or has failed.
+
+        Raises:
+            RefusalError: somebody has deleted it.
+        """
         while True:
-            view = self._service.store.get(request.state.tenant, id)
+            view = self._made(request, id)
             if view.status not in _UNDER_WAY or not self._service.engine.alive:
                 return view
             await asyncio.sleep(_LOOK_S)
+
+    def _made(self, request: Request, id: str) -> ContextView:
+        """Return a context that a request waits for."""
+        try:
+            return self._service.store.get(request.state.tenant, id)
+        except RefusalError:
+            raise RefusalError(
+                f"the context {id} was deleted before it was there; create it again",
+                code="context_deleted",
+                status=409,
+            ) from None
 
     async def _events(self, request: Request, id: str) -> AsyncIterator[bytes]:
         """Yield a context whenever it has changed, until it is there or has failed."""
         last: ContextView | None = None
         while True:
-            view = self._service.store.get(request.state.tenant, id)
+            try:
+                view = self._made(request, id)
+            except RefusalError as error:
+                if last is None:
+                    raise
+                yield event(of_error(error, request_id="").envelope)
+                break
             if view != last:
                 yield event(view.as_dict())
                 last = view

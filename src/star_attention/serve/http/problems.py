@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from star_attention.errors import (
@@ -182,3 +184,19 @@ def of_error(error: BaseException, *, request_id: str) -> Problem:
         f"the server failed ({type(error).__name__}); its log has more under request {request_id}",
         code="server_error",
     )
+
+
+@contextlib.contextmanager
+def about(param: str) -> Iterator[None]:
+    """Say that an error of the block is about a field, unless it names one itself.
+
+    Raises:
+        Problem: what the block refuses, with the field.
+    """
+    try:
+        yield
+    except (InvalidInputError, MissingPackageError) as error:
+        problem = of_error(error, request_id="")
+        own = getattr(error, "param", None)
+        problem.param = own or param
+        raise problem from error

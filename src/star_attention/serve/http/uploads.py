@@ -12,7 +12,7 @@ from starlette.requests import Request
 from star_attention.serve.documents import Documents
 from star_attention.serve.http.body import arriving, body_too_large, check_length
 from star_attention.serve.http.events import unless_left
-from star_attention.serve.http.problems import Problem, bad_request
+from star_attention.serve.http.problems import Problem, about, bad_request
 
 _MOST_FIELDS = 20
 
@@ -48,9 +48,7 @@ async def read_upload(request: Request, limit: int, documents: Documents) -> Upl
         documents: reads the file.
 
     Raises:
-        Problem: 413 for a body beyond the limit, 400 for a form without a file.
-        TextError: it is no text, or takes too much to read.
-        MissingPackageError: it is a document, and the extra `documents` is not installed.
+        Problem: 413 for a body beyond the limit, 400 for a form without a file that can be read.
     """
     check_length(request, limit)
     limited = Request(request.scope, _limited(request, limit))
@@ -79,7 +77,8 @@ async def read_upload(request: Request, limit: int, documents: Documents) -> Upl
     finally:
         await form.close()
     reading = documents.text_of(data, name, request.state.tenant)
-    text = await unless_left(request.receive, reading)
+    with about("file"):
+        text = await unless_left(request.receive, reading)
     return Upload(name=name, text=text, nbytes=len(data), fields=fields)
 
 
