@@ -66,25 +66,36 @@ def launches_of(module: torch.fx.GraphModule) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(
     ("kind", "activation"),
-    [("fp32", "gelu"), ("fp16", "silu"), ("fp8", "silu"), ("words", "gelu_tanh")],
+    [
+        ("fp32", "gelu"),
+        ("fp16", "silu"),
+        ("fp8", "silu"),
+        ("words", "gelu_tanh"),
+        ("unrolled", "silu"),
+    ],
 )
-def test_gated_products(kind: str, activation: str) -> None:
+def test_gated_products(kind: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch; parts of matrices, of an uneven number of columns and in whole words."""
     torch.manual_seed(0)
-    K, N = (2048, 21) if kind == "words" else (1100, 21)
+    in_words = kind in ("words", "unrolled")
+    K, N = (2304 if kind == "unrolled" else 2048 if in_words else 1100), 21
+    if kind == "unrolled":
+        monkeypatch.setattr(triton_row_fp8, "_MANY", N)
     dtype = torch.float32 if kind in ("fp32", "fp8") else torch.float16
     x = torch.randn(1, 1, K).to(dtype) * 3
     made = [torch.randn(N + 4, K + 4) * K**-0.5 for _ in "ab"]
     scales: list[Tensor | None] = [None, None]
     weights, values = [each.to(dtype) for each in made], [each.to(dtype).float() for each in made]
-    if kind in ("fp8", "words"):
+    if kind == "fp8" or in_words:
         quantized = [fp8.quantize(each) for each in made]
         weights = [q for q, _ in quantized]
         scales = [scale[:, 0].contiguous() for _, scale in quantized]
         values = [q.float() * scale for q, scale in quantized]
     biases = [None, torch.randn(N + 4).to(dtype)]
     parts = [1, N, 4, 3, N, 4]
-    assert triton_row_fp8.serves(x, [weights[0][1:, 4:]]) == (kind == "words")
+    tile = triton_row_fp8.tile(2 * N, K, gated=True)
+    assert bool(tile.steps) == (kind == "unrolled")
+    assert triton_row_fp8.serves(x, [weights[0][1:, 4:]], tile) == in_words
     rights = [
         functional.linear(x.float(), value[first : first + N, 4:])
         for value, first in zip(values, (1, 3), strict=True)

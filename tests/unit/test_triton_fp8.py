@@ -65,20 +65,22 @@ def test_a_single_row_times_slices_of_several_matrices() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("tile", "K"), [("_TILE", 512), ("_TILE_OF_MANY", 1536), ("_TILE_OF_FEW", 3072)]
+    ("name", "K"),
+    [("_TILE", 512), ("_TILE_OF_MANY", 1536), ("_TILE_OF_FEW", 3072), ("_TILE_OF_GATED", 2304)],
 )
 def test_a_single_row_in_words(
-    tile: str, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every number of e4m3, also subnormals and both zeros, several matrices, a bias."""
     torch.manual_seed(0)
-    monkeypatch.setattr(triton_row_fp8, "tile", lambda rows: getattr(triton_row_fp8, tile))
+    tile = getattr(triton_row_fp8, name)
+    monkeypatch.setattr(triton_row_fp8, "tile", lambda rows, K, gated=False: tile)
     numbers = torch.arange(256, dtype=torch.uint8).view(fp8.DTYPE)
     numbers = numbers[numbers.float().isfinite()]
     weights = [numbers[torch.randint(0, len(numbers), (N, K))] for N in (37, 16, 1)]
     scales = [torch.rand(N) / fp8.LARGEST for N in (37, 16, 1)]
     x, bias = torch.randn(1, 1, K).to(dtype), torch.randn(16).to(dtype)
-    assert triton_row_fp8.serves(x, weights)
+    assert triton_row_fp8.serves(x, weights, tile)
     parts = [0, 37, 0, 0, 16, 0, 0, 1, 0]
     outs = triton_row.linears(x, weights, [None, bias, None], parts, scales)
     for out, weight, scale, bias_N in zip(outs, weights, scales, [0, bias, 0], strict=True):
@@ -90,29 +92,44 @@ def test_a_single_row_in_words(
 def test_rows_that_are_not_read_in_words() -> None:
     """Addresses between words, other precisions and lengths take the loop for any of them."""
     weight, scale, values = matrix(20, 2100)
+    tile = triton_row_fp8.tile(20, 2048)
     for x, first in ((torch.randn(2048).half(), 2), (torch.randn(2049).half()[1:], 4)):
-        assert not triton_row_fp8.serves(x, [weight[:, first : first + 2048]])
+        assert not triton_row_fp8.serves(x, [weight[:, first : first + 2048]], tile)
         out = triton_row.linear(x, weight, None, first_column=first, scale=scale)
         right = linear(x.float(), values[:, first : first + 2048])
         torch.testing.assert_close(out.float(), right, atol=1e-2, rtol=1e-3)
     x = torch.randn(2048).half()
     aligned = [weight[:, 4:2052]]
-    assert triton_row_fp8.serves(x, aligned)
-    assert not triton_row_fp8.serves(x.float(), aligned)
-    assert not triton_row_fp8.serves(torch.randn(2049).half()[1:], aligned)
-    assert not triton_row_fp8.serves(x, [*aligned, values[:, 4:2052].half()])
+    assert triton_row_fp8.serves(x, aligned, tile)
+    assert not triton_row_fp8.serves(x.float(), aligned, tile)
+    assert not triton_row_fp8.serves(torch.randn(2049).half()[1:], aligned, tile)
+    assert not triton_row_fp8.serves(x, [*aligned, values[:, 4:2052].half()], tile)
 
 
 def test_tiles_by_rows_and_columns() -> None:
     """Columns are whole tiles, and as many as are on the way."""
-    many, some, few = (torch.empty(N, 2560, dtype=fp8.DTYPE) for N in (8193, 8192, 4096))
-    assert len({triton_row_fp8.tile(len(each)) for each in (many, some, few)}) == 3
-    for K, served in ((512, [many, some]), (1024, [many, some]), (2048, [many, some, few])):
+    sizes = [8193, 8192, 4096]
+    weights = [torch.empty(N, 9216, dtype=fp8.DTYPE) for N in sizes]
+    assert len({triton_row_fp8.tile(N, 2560) for N in sizes}) == 3
+    for K, served in (
+        (500, []),
+        (512, [8193, 8192]),
+        (1024, [8193, 8192]),
+        (2048, sizes),
+        (2560, [8193, 8192]),
+    ):
         x = torch.empty(K, dtype=torch.bfloat16)
-        for weight in (many, some, few):
-            assert triton_row_fp8.serves(x, [weight[:, :K]]) == any(weight is it for it in served)
-    assert not triton_row_fp8.serves(torch.empty(500).half(), [many[:, :500]])
-    assert not triton_row_fp8.serves(torch.empty(2560).half(), [few])
+        found = [
+            N
+            for N, weight in zip(sizes, weights, strict=True)
+            if triton_row_fp8.serves(x, [weight[:, :K]], triton_row_fp8.tile(N, K))
+        ]
+        assert found == served
+    # Gate and up of many rows, unless there were too many tiles.
+    for N, K, unrolled in ((8193, 8192, True), (8193, 9216, False), (8192, 4096, False)):
+        tile = triton_row_fp8.tile(N, K, gated=True)
+        assert bool(tile.steps) == unrolled
+        assert triton_row_fp8.serves(torch.empty(K).half(), [weights[0][:, :K]], tile)
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (37, 96), (130, 1040), (16, 2048)])

@@ -77,7 +77,7 @@ def row_kernel(
 def product_kernel(
     x_ptr, K, w_ptr, bias_ptr, scale_ptr, N, stride, table, epochs, rank, live,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr,
+    STEPS: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr,
     SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def product_kernel(
     live = (live != 0) & (tl.load(table + rank) != 0)
     # Rows beyond the last one are the last one again.
     n = tl.minimum(pid * ROWS + tl.arange(0, ROWS), N - 1)
-    out_N = triton_row.products(n, 0, stride, x_ptr, w_ptr, K, BLOCK_K, EVEN, AHEAD, PDL)
+    out_N = triton_row.products(n, 0, stride, x_ptr, w_ptr, K, BLOCK_K, EVEN, AHEAD, STEPS, PDL)
     if SCALE:
         out_N *= tl.load(scale_ptr + n)
     if BIAS:

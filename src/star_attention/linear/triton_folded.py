@@ -28,7 +28,7 @@ def _gated(
     x_ptr, K,
     w_ptr, up: tl.int64, stride, N, bias0_ptr, bias1_ptr, scale0_ptr, scale1_ptr, out_ptr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    BIAS0: tl.constexpr, BIAS1: tl.constexpr, SCALE: tl.constexpr,
+    STEPS: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr, SCALE: tl.constexpr,
     KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Multiply by rows of the gate and of the other matrix, `up` elements later, in turn."""
@@ -38,7 +38,7 @@ def _gated(
     out_N = triton_row.products(
         # Rows beyond the last one are the last one again.
         tl.minimum(first + row // 2, N - 1), row % 2 * up, stride,
-        x_ptr, w_ptr, K, BLOCK_K, EVEN, AHEAD, PDL,
+        x_ptr, w_ptr, K, BLOCK_K, EVEN, AHEAD, STEPS, PDL,
     )  # fmt: skip
     gate_N, up_N = tl.split(tl.reshape(out_N, (HALF, 2)))
     n = tl.minimum(first + tl.arange(0, HALF), N - 1)
@@ -107,7 +107,7 @@ def _(
 def _launch_gated(x: Tensor, products: list[Product], activation: str) -> None:
     gate, up = products
     weight, N = gate.weight, gate.weight.shape[0]
-    tile = triton_row.tile_of(x, [weight, up.weight], least=_LEAST_ROWS)
+    tile = triton_row.tile_of(x, [weight, up.weight], least=_LEAST_ROWS, gated=True)
     biases = [weight if each.bias is None else each.bias for each in (gate, up)]
     scales = [weight if each.scale is None else each.scale for each in (gate, up)]
     _gated[(triton.cdiv(N, tile["ROWS"] // 2),)](

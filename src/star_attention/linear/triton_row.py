@@ -61,12 +61,13 @@ def _sums(
 @triton.jit
 def products(
     n, second, stride, x_ptr, w_ptr, K,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, STEPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Return the products of `x` and rows `n`, each `second` elements later."""
     if AHEAD:
         at_N = n.to(tl.int64) * (stride // 4) + second // 4
-        return triton_row_fp8.sums(at_N, x_ptr, w_ptr, K, BLOCK_K, AHEAD, PDL)
+        return triton_row_fp8.sums(at_N, x_ptr, w_ptr, K, BLOCK_K, AHEAD, STEPS, PDL)
     else:
         at_N = n.to(tl.int64) * stride + second
         return _sums(at_N, x_ptr, w_ptr, K, BLOCK_K, EVEN, PDL)
@@ -76,11 +77,12 @@ def products(
 def _row(
     tile, x_ptr, w_ptr, bias_ptr, scale_ptr, out_ptr, N, K, stride, add_ptr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    STEPS: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # Rows beyond the last one are the last one again.
     n = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1)
-    out_N = products(n, 0, stride, x_ptr, w_ptr, K, BLOCK_K, EVEN, AHEAD, PDL)
+    out_N = products(n, 0, stride, x_ptr, w_ptr, K, BLOCK_K, EVEN, AHEAD, STEPS, PDL)
     if SCALE:
         out_N *= tl.load(scale_ptr + n)
     if BIAS:
@@ -97,6 +99,7 @@ def _rows(
     w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, stride1,
     w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, stride2,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    STEPS: tl.constexpr,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     SCALE0: tl.constexpr, SCALE1: tl.constexpr, SCALE2: tl.constexpr,
     ADD: tl.constexpr, PDL: tl.constexpr,
@@ -106,17 +109,17 @@ def _rows(
     if tile < tiles0:
         _row(
             tile, x_ptr, w0_ptr, bias0_ptr, scale0_ptr, out0_ptr, N0, K, stride0,
-            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, BIAS0, SCALE0, ADD, PDL,
+            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, STEPS, BIAS0, SCALE0, ADD, PDL,
         )  # fmt: skip
     elif tile < tiles0 + tiles1:
         _row(
             tile - tiles0, x_ptr, w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, K, stride1,
-            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, BIAS1, SCALE1, False, PDL,
+            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, STEPS, BIAS1, SCALE1, False, PDL,
         )  # fmt: skip
     else:
         _row(
             tile - tiles0 - tiles1, x_ptr, w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, K, stride2,
-            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, BIAS2, SCALE2, False, PDL,
+            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, STEPS, BIAS2, SCALE2, False, PDL,
         )  # fmt: skip
 
 
@@ -217,20 +220,30 @@ def launch(x: Tensor, products: list[Product], residual: Tensor | None = None) -
     )  # fmt: skip
 
 
-def tile_of(x: Tensor, weights: list[Tensor], least: int = 1) -> dict[str, Any]:
+def tile_of(
+    x: Tensor, weights: list[Tensor], least: int = 1, *, gated: bool = False
+) -> dict[str, Any]:
     """Return the arguments that say what a program reads at once, `least` rows or more.
 
-    `AHEAD` is 0 where `triton_row_fp8` does not read the weights.
+    `AHEAD` is 0 where `triton_row_fp8` does not read the weights. `gated` is that of its `tile`.
     """
-    warps, ahead = 4, 0
+    warps, ahead, steps = 4, 0, 0
     N, K = sum(weight.shape[0] for weight in weights), x.shape[-1]
     nbytes = max(weight.itemsize for weight in weights)
-    if triton_row_fp8.serves(x, weights):
-        rows, block_K, warps, ahead = triton_row_fp8.tile(N)
+    words = triton_row_fp8.tile(N, K, gated=gated)
+    if triton_row_fp8.serves(x, weights, words):
+        rows, block_K, warps, ahead, steps = words
+        steps = K // block_K if steps else 0
     else:
         rows, block_K = _TILE_OF_FEW if nbytes == 1 and N <= _FEW else _TILES[nbytes]
-    even = K % block_K == 0
-    return dict(ROWS=max(rows, least), BLOCK_K=block_K, EVEN=even, AHEAD=ahead, num_warps=warps)
+    return dict(
+        ROWS=max(rows, least),
+        BLOCK_K=block_K,
+        EVEN=K % block_K == 0,
+        AHEAD=ahead,
+        STEPS=steps,
+        num_warps=warps,
+    )
 
 
 def by_torch(x: Tensor, product: Product) -> Tensor:

@@ -19,7 +19,8 @@ from star_attention.attention.kernels import triton_pdl
 
 
 class Tile(NamedTuple):
-    """Rows and columns that a program reads at once, its warps, and tiles on the way.
+    """Rows and columns that a program reads at once, its warps, tiles on the way, and their number
+    in a row at most where the program has no loop, else 0.
 
     Triton loads `x` in the order of the weights, instead of passing it through shared memory, if it
     has fewer elements, here int64, than there are threads.
@@ -29,6 +30,7 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     ahead: int
+    steps: int = 0
 
 
 # By the rows of all matrices of a launch; of few, each program needs more bytes on the way.
@@ -36,6 +38,8 @@ _FEW, _MANY = 4096, 8192
 _TILE_OF_FEW = Tile(16, 1024, 16, 2)
 _TILE = Tile(8, 512, 8, 1)
 _TILE_OF_MANY = Tile(16, 512, 8, 1)
+# Of gate and up, of many rows: small programs, which end at about the same time.
+_TILE_OF_GATED = Tile(4, 256, 4, 8, 32)
 _ASM: tl.constexpr = tl.constexpr("""{
     .reg .b16 low, high, a, b, c, d;
     .reg .b32 ab, cd;
@@ -94,11 +98,11 @@ def _added(sum_NQ, w_NQ, x_Q, DTYPE: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def sums(
     at_N, x_ptr, w_ptr, K,
-    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of rows, each `at_N` words of four weights after `w_ptr`.
 
-    K is a multiple of `BLOCK_K`, and at least `AHEAD` of them.
+    K is `STEPS` times `BLOCK_K`, or, if that is 0, a multiple; and at least `AHEAD` of them.
     """
     BLOCK_Q: tl.constexpr = BLOCK_K // 4
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -111,36 +115,53 @@ def sums(
     # model took an H200 32.1 us instead of 30.4.
     ASM: tl.constexpr = PDL
     # Weights do not depend on the kernel before: the first ones are read while it ends.
-    w_NQ = tl.load(w_ptrs)
-    if AHEAD == 2:
-        after_NQ = tl.load(w_ptrs + BLOCK_Q)
-    triton_pdl.begin(PDL)
-    for start in range(AHEAD * BLOCK_Q, K // 4, BLOCK_Q):
-        last_NQ = tl.load(w_ptrs + start)
-        sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs + start - AHEAD * BLOCK_Q), DTYPE, ASM)
+    if STEPS:
+        # Each tile has registers of its own. A loop passes them on from turn to turn, and so waits
+        # for what it has just begun to load.
+        tiles = ()
+        for i in tl.static_range(AHEAD):
+            tiles += (tl.load(w_ptrs + i * BLOCK_Q),)  # type: ignore[assignment]
+        triton_pdl.begin(PDL)
+        for i in tl.static_range(STEPS):
+            if i + AHEAD < STEPS:
+                tiles += (tl.load(w_ptrs + (i + AHEAD) * BLOCK_Q),)  # type: ignore[assignment]
+            sum_NQ = _added(sum_NQ, tiles[i], tl.load(x_ptrs + i * BLOCK_Q), DTYPE, ASM)
+    else:
+        w_NQ = tl.load(w_ptrs)
         if AHEAD == 2:
+            after_NQ = tl.load(w_ptrs + BLOCK_Q)
+        triton_pdl.begin(PDL)
+        for start in range(AHEAD * BLOCK_Q, K // 4, BLOCK_Q):
+            last_NQ = tl.load(w_ptrs + start)
+            sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs + start - AHEAD * BLOCK_Q), DTYPE, ASM)
+            if AHEAD == 2:
+                w_NQ = after_NQ
+                after_NQ = last_NQ
+            else:
+                w_NQ = last_NQ
+        x_ptrs += K // 4 - BLOCK_Q
+        if AHEAD == 2:
+            sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs - BLOCK_Q), DTYPE, ASM)
             w_NQ = after_NQ
-            after_NQ = last_NQ
-        else:
-            w_NQ = last_NQ
-    x_ptrs += K // 4 - BLOCK_Q
-    if AHEAD == 2:
-        sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs - BLOCK_Q), DTYPE, ASM)
-        w_NQ = after_NQ
-    sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs), DTYPE, ASM)
+        sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs), DTYPE, ASM)
     return tl.sum(sum_NQ, 1)
 
 
-def tile(rows: int) -> Tile:
-    """Return the tile for matrices that have so many rows together."""
+def tile(rows: int, K: int, *, gated: bool = False) -> Tile:
+    """Return the tile for matrices that have so many rows of `K` numbers together.
+
+    Args:
+        gated: True for a launch that multiplies by rows of two matrices in turn.
+    """
+    if gated and rows > _MANY and K <= _TILE_OF_GATED.columns * _TILE_OF_GATED.steps:
+        return _TILE_OF_GATED
     if rows <= _FEW:
         return _TILE_OF_FEW
     return _TILE if rows <= _MANY else _TILE_OF_MANY
 
 
-def serves(x: Tensor, weights: list[Tensor]) -> bool:
+def serves(x: Tensor, weights: list[Tensor], chosen: Tile) -> bool:
     """True for a row `x` and weights that `sums` reads, which have addresses of whole words."""
-    chosen = tile(sum(weight.shape[0] for weight in weights))
     K = x.shape[-1]
     return (
         x.element_size() == 2

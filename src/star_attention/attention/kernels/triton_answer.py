@@ -357,7 +357,7 @@ def merge_runs(out_RQHSD: Tensor, lse_RQHS: Tensor, dtype: torch.dtype) -> State
     lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=device)
     merged[(R * Q * H, triton.cdiv(D, _MERGED_D))](
         out_RQHSD, lse_RQHS, out_RQHD, lse_RQH, runs,
-        D=D, BLOCK_D=_MERGED_D, BLOCK_S=triton.next_power_of_2(runs), num_warps=4,
+        D=D, BLOCK_D=_MERGED_D, BLOCK_S=triton.next_power_of_2(runs), num_warps=2,
         **triton_pdl.options(device),
     )  # fmt: skip
     return State(out_RQHD, lse_RQH)

@@ -180,14 +180,15 @@ def merged(
     at = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # All is read at once.
     lse_S = tl.load(lse_ptr + at * runs + s, mask=s < runs, other=float("-inf"))
+    mask_SD = (s < runs)[:, None] & (d < D)[None, :]
+    out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=mask_SD, other=0.0)
     # A rank may hold no keys that a query sees.
     top = tl.max(lse_S)
     top = tl.where(top == float("-inf"), 0.0, top)
     weight_S = tl.exp2(lse_S - top)
     weights = tl.sum(weight_S)
-    mask_SD = (s < runs)[:, None] & (d < D)[None, :]
-    out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=mask_SD, other=0.0)
     has_keys = weights > 0.0
     weights = tl.where(has_keys, weights, 1.0)
     tl.store(result_ptr + at * D + d, tl.sum(out_SD * weight_S[:, None], 0) / weights, mask=d < D)
