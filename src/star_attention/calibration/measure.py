@@ -24,10 +24,11 @@ def measure(
     settings: CalibrationSettings,
     progress: Progress,
 ) -> Iterator[Measured]:
-    """Measure the variants on the same samples, one after another."""
+    """Measure the variants on the same samples, one after another. Collective."""
     for variant in variants:
         engine = _engine(star, variant, settings)
-        losses = [_loss(engine, sample) for sample in samples]
+        # Rank 0 has the logits, and all ranks choose the next variants by them.
+        losses = star.from_rank_0([_loss(engine, sample) for sample in samples])
         measured = Measured(variant=variant, losses=tuple(losses))
         progress(f"{variant.name}: {measured.mean:.3f} nats")
         yield measured
