@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from star_attention import StarLLM
 from star_attention.cli import serving
+from star_attention.errors import InvalidInputError
+from star_attention.planning.calibration import Calibration, Lookback
+from star_attention.runtime import model_facts
 from star_attention.serve.listening import bind
 from tests.command_line import MODEL, failed, ok, run
 
@@ -48,6 +52,22 @@ def test_options_become_settings(served: list[Any]) -> None:
     assert (settings.implicit, settings.max_rows, settings.store) == (False, 3, "x")
     assert settings.allowed_hosts == ("a", "b")
     assert star_settings["block_size"] == "1k"
+
+
+def test_a_calibration_is_the_engine_s(served: list[Any], tmp_path: Path) -> None:
+    facts = model_facts(StarLLM.from_pretrained(MODEL[1], device="cpu").runtime)
+    found = Lookback(lookback=2, lookback_layers="3-7")
+    path = tmp_path / "calibration.json"
+    Calibration(model=facts, settings={"balanced": found, "high": found}).write(path)
+    ok("serve", *MODEL, "--device", "cpu", "--calibration", path)
+    ((model, _, star_settings, status),) = served
+    config = serving.load(model, status, star_settings).config
+    assert (config.lookback, config.lookback_layers) == (2, "3-7")
+    served.clear()
+    ok("serve", "--shapes", "smollm2-135m", "--calibration", path)
+    ((model, _, star_settings, status),) = served
+    with pytest.raises(InvalidInputError, match="--shapes has random weights; leave out"):
+        serving.load(model, status, star_settings)
 
 
 def test_a_file_of_settings(served: list[Any], tmp_path: Path) -> None:

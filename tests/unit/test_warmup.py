@@ -25,6 +25,8 @@ def test_on_a_cpu_it_says_that_there_is_nothing_to_keep() -> None:
 
 def test_it_refuses_what_generate_refuses() -> None:
     assert "there is no model folder models/nope" in failed("warmup", "-m", "models/nope")
+    calibration = ["--calibration", "models/nope.json"]
+    assert "models/nope.json cannot be read" in failed("warmup", "-m", BUNDLED, *calibration)
     assert "block_size 'x' is not a number" in failed("warmup", "-m", BUNDLED, "--block-size", "x")
 
 

@@ -59,6 +59,18 @@ Json = Annotated[
 ]
 
 
+CalibrationFile = Annotated[
+    str | None,
+    option(
+        "File of `calibrate` for this model: use its look-back, unless --lookback or"
+        " --lookback-layers is given.",
+        "--calibration",
+        panel="Context",
+        metavar="FILE",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkloadOptions:
     """The answers that are planned for."""
@@ -79,16 +91,7 @@ class ContextOptions:
         dict[str, Any],
         ConfigOptions(without=("tokens_per_forward", "reserve_tokens", "slice_weights")),
     ] = field(default_factory=dict)
-    calibration: Annotated[
-        str | None,
-        option(
-            "File of `calibrate` for this model: use its look-back, unless --lookback or"
-            " --lookback-layers is given.",
-            "--calibration",
-            panel="Context",
-            metavar="FILE",
-        ),
-    ] = None
+    calibration: CalibrationFile = None
     chat: Annotated[
         bool,
         option(

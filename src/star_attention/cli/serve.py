@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.model_options import ServedModelOptions
-from star_attention.cli.options import Quiet
+from star_attention.cli.options import CalibrationFile, Quiet
 from star_attention.cli.progress import Status
 from star_attention.cli.serve_options import (
     ConfigFile,
@@ -31,6 +31,7 @@ def serve(
             without=("tokens_per_forward", "reserve_tokens", "slice_weights", "balance_ranks")
         ),
     ],
+    calibration: CalibrationFile = None,
     config: ConfigFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -44,4 +45,5 @@ def serve(
     serve_settings = settings_of(server, limits, keep, times)
     from star_attention.cli import serving
 
-    serving.serve(model, serve_settings, settings, Status(quiet=quiet))
+    star_settings = settings | {"calibration": calibration}
+    serving.serve(model, serve_settings, star_settings, Status(quiet=quiet))

@@ -63,7 +63,7 @@ def serve(
         _logged_requests(quiet=status.quiet, as_json=settings.log_json),
         listening.bind(settings.host, settings.port) as listener,
     ):
-        star = _load(model, status, star_settings)
+        star = load(model, status, star_settings)
         from star_attention.serve import program
 
         program.check_same(star, settings)
@@ -90,7 +90,7 @@ def _follow(
     status: Status,
 ) -> None:
     """Do on this rank what the server on rank 0 does, until it ends."""
-    star = _load(model, status, star_settings)
+    star = load(model, status, star_settings)
     from star_attention.serve import program
 
     program.check_same(star, settings)
@@ -102,16 +102,24 @@ def _follow(
         star.follow()
 
 
-def _load(model: ServedModelOptions, status: Status, settings: dict[str, Any]) -> StarLLM:
+def load(model: ServedModelOptions, status: Status, settings: dict[str, Any]) -> StarLLM:
     """Load the model, or make one of random weights.
 
+    Args:
+        settings: settings of `StarConfig`, and the file of a calibration.
+
     Raises:
-        InvalidInputError: both are wanted, or none.
+        InvalidInputError: both are wanted, or none; or a calibration of random weights.
     """
     if (model.shapes is None) == (not model.model):
         raise InvalidInputError("give either a model (-m) or the shapes of one (--shapes)")
     if model.shapes is None:
         return session.load_with_tokenizer(model, status, **settings)
+    if settings.pop("calibration", None) is not None:
+        raise InvalidInputError(
+            "a calibration is of one model, and --shapes has random weights; leave out"
+            " --calibration"
+        )
     from star_attention.bench.models import load_model, random_tokenizer
     from star_attention.engine import StarLLM
 

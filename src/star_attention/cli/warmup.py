@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.formatting import format_bytes, format_seconds
 from star_attention.cli.model_options import ModelOptions
-from star_attention.cli.options import Quiet, option
+from star_attention.cli.options import CalibrationFile, Quiet, option
 from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.serve.settings import ServeSettings
@@ -40,6 +40,7 @@ def warmup(
             min=1,
         ),
     ] = ServeSettings.max_rows,
+    calibration: CalibrationFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Compile what `generate` and `serve` need, and fill the caches on disk.
@@ -56,7 +57,7 @@ def warmup(
     from star_attention.cli import session
 
     status, start = Status(quiet=quiet), time.perf_counter()
-    star = session.load(model, status, **settings)
+    star = session.load(model, status, calibration=calibration, **settings)
     if not is_rank_0():
         star.follow()
         return
