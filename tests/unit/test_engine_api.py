@@ -71,8 +71,9 @@ def test_typed_keywords_of_generate_are_all_taken() -> None:
 
 def test_typed_keywords_of_encode_are_its_own() -> None:
     """Forbids a keyword that only the typed calls or only `encode` has."""
-    _, _, *own = inspect.signature(StarLLM.encode).parameters
+    _, _, *own, unknown = inspect.signature(StarLLM.encode).parameters
     assert list(EncodeOptions.__annotations__) == own
+    assert unknown == "unknown"
 
 
 def test_config_as_an_object_and_keywords_on_top_of_it() -> None:

@@ -178,7 +178,7 @@ def test_a_server_that_ends(chrome: Page, tmp_path: Path) -> None:
     chrome.ask("Who?")
     chrome.wait_for(".error", "The server does not answer. Check that it is running")
     chrome.find("#files").send_keys(str(path))
-    chrome.wait_for("#list .error", "The upload broke off.")
+    chrome.wait_for("#list .error", "The upload was interrupted.")
 
 
 @pytest.mark.parametrize("width", [320, 390, 900])
