@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from star_attention.errors import ContextSaveError, InvalidInputError
+from star_attention.errors import InvalidInputError
 from star_attention.serve.contexts.entry import Content, Wanted
 from star_attention.serve.contexts.folder import StoreFolder
 from star_attention.serve.contexts.keys import Scope, as_ids
@@ -377,23 +377,3 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         StoreFolder(tmp_path / "file" / "store", IDENTITY)
     with pytest.raises(InvalidInputError, match=r"cannot be used: .*; give a folder"):
         StoreFolder(tmp_path / "no" / "store", IDENTITY)
-
-
-def test_a_full_disk_costs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any, path: Path) -> None:
-        raise ContextSaveError("No space left on device")
-
-    monkeypatch.setattr(FakeContext, "save", fail)
-    encoder = FakeEncoder()
-    kept = store(encoder, folder=tmp_path, device_tokens=8)
-    ids = [kept.create(wanted(*tokens))[0].id for tokens in (A, B)]
-    settle(kept)
-    assert [kept.get("ann", id).location for id in ids] == ["cold", "device"]
-    assert ask(kept, ids[0]) == ("miss", A)
-    assert kept.counts()[0].unwritten == 2
-    kept.close()
-    # Half of a context is none.
-    kept = store(folder=tmp_path)
-    assert kept.list("ann") == []
-    assert names(tmp_path) == []
-    kept.close()

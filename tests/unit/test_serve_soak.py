@@ -27,7 +27,7 @@ from tests.engines import BUNDLED
 from tests.servers import eventually, running
 from tests.visitors import Tenant, ask_alone, visit
 
-_WARM_S, _LONG_S, _WAIT_S = 30.0, 120.0, 120.0
+_WARM_S, _LONG_S, _WAIT_S = 30.0, 60.0, 120.0
 _IDLE = ("num_requests_running", "num_requests_waiting", "num_requests_open")
 
 
@@ -127,7 +127,7 @@ def test_a_hundred_clients_for_two_minutes(tmp_path: Path) -> None:
         for tenant in tenants:
             assert asyncio.run(ask_alone(server.url, tenant, QUESTION)) == ["miss", "miss"]
         sizes = []
-        for seconds in (_WARM_S, _LONG_S):
+        for seconds in (_WARM_S, _LONG_S, _LONG_S):
             asyncio.run(visit(server.url, tenants, QUESTION, visitors=100, seconds=seconds))
             assert eventually(server.is_idle, _WAIT_S)
             server.forget_all(tenants)
@@ -135,7 +135,8 @@ def test_a_hundred_clients_for_two_minutes(tmp_path: Path) -> None:
             # Connections that were left end by themselves.
             time.sleep(2)
             sizes.append((server.descriptors, server.threads, server.megabytes))
-        (descriptors, threads, megabytes), after = sizes
+        # A slow machine is not warm yet at the first one.
+        _, (descriptors, threads, megabytes), after = sizes
         assert after[0] <= descriptors + 2
         # asyncio's own pool grows up to so many, as they are needed.
         assert after[1] <= threads + min(32, (os.cpu_count() or 1) + 4)

@@ -142,7 +142,8 @@ class Entry:
         retried: True if its encode ran out of memory before.
         writing: True while its file is written, or while it is copied to host memory.
         loading: True while it comes back to the device.
-        unwritable: True if writing failed, so that it is not tried again and again.
+        write_after: when it may be written, by the store's clock: later after that failed, and
+            never after it made room on disk, until a client says how to keep it.
         unparkable: True if moving it to host memory failed, likewise.
         was_ready: True if it was encoded before, and is encoded again.
     """
@@ -174,7 +175,7 @@ class Entry:
     retried: bool = False
     writing: bool = False
     loading: bool = False
-    unwritable: bool = False
+    write_after: float = 0.0
     unparkable: bool = False
     was_ready: bool = False
 

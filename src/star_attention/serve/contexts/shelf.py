@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
@@ -12,6 +13,9 @@ from star_attention.serve.contexts.entry import Entry, Status
 from star_attention.serve.contexts.table import Table
 
 _log = logging.getLogger(__name__)
+
+_AGAIN_S = 300.0
+"""Seconds after which a context is tried to be written again."""
 
 
 class Shelf:
@@ -90,6 +94,9 @@ class Shelf:
         with table.lock:
             entries = [e for e in table.registry if e.status is Status.READY and not e.deleted]
         for entry in entries:
+            if math.isfinite(entry.write_after):
+                # There is no later time.
+                entry.write_after = 0.0
             self.before_leaving(entry)
             if entry.has_file:
                 self._write_record(entry)
@@ -97,7 +104,8 @@ class Shelf:
 
     def _should_write(self, entry: Entry) -> bool:
         is_there = entry.context is not None or entry.parked is not None
-        is_new = is_there and not entry.has_file and not entry.unwritable
+        is_due = self._table.clock() >= entry.write_after
+        is_new = is_there and not entry.has_file and is_due
         return self._table.folder is not None and is_new and entry.worth_keeping
 
     def _save(self, entry: Entry) -> None:
@@ -114,10 +122,16 @@ class Shelf:
             reason = f"{entry.nbytes:,} bytes do not fit beside what is pinned or in use"
         except Exception as error:
             reason = first_line(error)
-        _log.warning("%s is not kept on disk: %s", entry.id, reason)
         with table.lock:
-            table.counts.unwritten += 1
-            entry.unwritable = True
+            is_first = not entry.write_after
+            table.counts.unwritten += is_first
+            entry.write_after = table.clock() + _AGAIN_S
+        _log.log(
+            logging.WARNING if is_first else logging.DEBUG,
+            "%s is not kept on disk: %s",
+            entry.id,
+            reason,
+        )
 
     def _make_room(self, need: int) -> bool:
         """Remove the files used longest ago; return False if that cannot make room."""
@@ -129,7 +143,7 @@ class Shelf:
                 table.folder.remove_keys(entry)
                 entry.has_file = False
                 # Its copy on the device would only take the room again.
-                entry.unwritable = True
+                entry.write_after = math.inf
                 table.note(entry)
         return leaving is not None
 

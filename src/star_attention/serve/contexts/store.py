@@ -140,7 +140,7 @@ class ContextStore:
                     if is_new and not entry.users:
                         self._table.forget(entry)
                     raise
-            entry.listed = True
+            entry.listed, entry.write_after = True, 0.0
             if name is not None:
                 entry.name = name
             if wanted.ttl is not None:
@@ -232,7 +232,7 @@ class ContextStore:
                 entry.pinned = False
             if ttl is not UNCHANGED:
                 entry.ttl = ttl
-            entry.listed = True
+            entry.listed, entry.write_after = True, 0.0
             entry.touch(self._table.clock())
             view = entry.view()
         self._shelf.note_change(entry)
