@@ -13,6 +13,7 @@ from torch import nn
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import ContextMismatchError, InvalidInputError
+from star_attention.hf.execution import graphs as graphs_module
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import identity
 from tests.engines import CONTEXT, bundled_tokenizer, ids, text_model
@@ -215,3 +216,22 @@ def test_a_stream_runs_no_graph_of_weights_that_have_moved_since_it_was_made(
     with pytest.raises(ContextMismatchError, match="weights"):
         next(stream)
     assert (graphs.recorder.replays, graphs.recorder.captures) == before
+
+
+def test_a_context_is_asked_once_if_graphs_can_read_it(
+    by_graphs: tuple[StarLLM, EncodedContext, CountingGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its layers would be asked before each first token."""
+    star, context, _ = by_graphs
+    asked: list[Any] = []
+    real = graphs_module.can_read
+
+    def noted(shard: Any, *rest: Any) -> bool:
+        asked.append(shard)
+        return real(shard, *rest)
+
+    monkeypatch.setattr(graphs_module, "can_read", noted)
+    other = star.encode(ids(CONTEXT, seed=2))
+    for each in (context, other, context, other):
+        star.generate(each, [5], max_new_tokens=1)
+    assert [id(shard) for shard in asked] == [id(context.kv), id(other.kv)]

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -84,6 +85,8 @@ class Graphs:
         self.recorder = recorder or Recorder(handle)
         self._captures: dict[tuple[Comm, tuple[int, ...]], _Captures] = {}
         self._validity = self.recorder.validity()
+        self._readable: WeakKeyDictionary[ContextKV, tuple[torch.device, bool]]
+        self._readable = WeakKeyDictionary()
 
     @cached_property
     def of_rows(self) -> RowGraphs:
@@ -116,12 +119,18 @@ class Graphs:
 
         Another rank may decide otherwise: its forwards have the same collectives.
         """
-        latents = self._latents()
-        if latents is not None and any(window is not None for window in self._handle.windows):
+        if not self.runs_on(comm):
             return False
-        return self.runs_on(comm) and can_read(
-            shard, self._handle.layer_shapes, self._handle.device, latents
-        )
+        latents, device, shapes = self._latents(), self._handle.device, self._handle.layer_shapes
+        if latents is not None:
+            # Which modules expand what is stored, and how, may change.
+            has_windows = any(window is not None for window in self._handle.windows)
+            return not has_windows and can_read(shard, shapes, device, latents)
+        # Each answer would ask every layer again.
+        known = self._readable.get(shard)
+        if known is None or known[0] != device:
+            known = self._readable[shard] = device, can_read(shard, shapes, device)
+        return known[1]
 
     def runs_on(self, comm: Comm) -> bool:
         """Return True if graphs can hold the collectives of these ranks."""

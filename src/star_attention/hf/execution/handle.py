@@ -103,8 +103,7 @@ class ModelHandle(Transient):
         self._read_config(fingerprint.config(self.config))
         # Frozen in a server, where nothing changes the model: no question looks at its weights.
         self._compile, self.is_frozen = compile, False
-        # What `hf.execution.slices` knows of the model.
-        self.kept_slices: Any = None
+        self.kept_slices: Any = None  # What `hf.execution.slices` knows of the model.
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._decoder_cache, self._model_cache = (
             cache_argument(self.decoder.forward),
@@ -377,7 +376,8 @@ def _finish_loading(model: Any) -> None:
 
 def _device(module: nn.Module) -> torch.device | None:
     """Device on which a module computes, None for a module without weights."""
-    first = next(module.parameters(), None)
+    first = next((each for each in vars(module)["_parameters"].values() if each is not None), None)
+    first = next(module.parameters(), None) if first is None else first
     if first is None or first.device.type != "meta":
         return None if first is None else first.device
     # accelerate keeps the weights elsewhere and brings them for each forward.
