@@ -29,6 +29,7 @@ NOT_RUN = {
     "#SBATCH": "a Slurm cluster",
     "-m MODEL": "a model of the reader's",
     "curl -LO": "network",
+    "pip download": "network",
     "[lm-eval]": "a package of 600 MB",
     "--shapes llama-3.1-8b": "a large model, on a GPU",
     "bench plot prefill.json": "the report of the benchmark before it",
