@@ -156,8 +156,8 @@ class Guard:
             if name and not is_loopback(name) and name not in self._settings.allowed_hosts:
                 raise Problem(
                     403,
-                    f"expected a request to this machine, got one to host {quote(name)}; add the"
-                    " host with --allowed-hosts, or give the server --keys",
+                    f"Host and Origin: expected a name of this machine, got {quote(name)}; add it"
+                    " with --allowed-hosts, or give the server --keys",
                     code="host_not_allowed",
                 )
 
