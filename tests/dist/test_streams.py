@@ -15,7 +15,7 @@ import pytest
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm, TorchComm
 from star_attention.errors import InvalidInputError
-from tests.dist.pool import Pool
+from tests.dist.pool import STALL_S, Pool
 from tests.engines import bundled_tokenizer, text_model
 
 AHEAD = pytest.mark.parametrize("is_ahead", [False, True])
@@ -181,11 +181,19 @@ def test_an_exception_elsewhere_does_not_harm_a_suspended_stream(
 def pause(comm: TorchComm, port: int, is_ahead: bool) -> list[str]:
     """Let rank 0 think for longer than the stall limit, while the others wait for the next step."""
     own = TorchComm(comm.rank, comm.size, "127.0.0.1", port, name=f"pausing {is_ahead}", stall_s=1)
+    # The limit, and with it how often ranks look at each other, is for the pause: on a busy machine
+    # a forward may take a second.
+    watchdog = own.world.watchdog
+    limit_s, watchdog._stall_s = watchdog._stall_s, STALL_S
     star, context = story(own, is_ahead)
     stream = star.stream(context, "A dog", **OPTIONS)
     pieces = [next(stream)]
+    watchdog._stall_s = limit_s
     if comm.rank == 0:
         time.sleep(2.5)
+        watchdog._stall_s = STALL_S
+    pieces.append(next(stream))
+    watchdog._stall_s = STALL_S
     pieces += stream
     own.close()
     return pieces

@@ -137,8 +137,10 @@ def test_a_client_that_leaves_and_comes_back() -> None:
     """Forbids a second encode for a client that gave up waiting for the first one."""
     body = {"messages": in_parts(DOCUMENT * 15, QUESTION, mark=True), "max_tokens": 2}
     with running() as server:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}{CHAT}", json=body, timeout=0.2)
+        data = json.dumps(body).encode()
+        head = f"POST {CHAT} HTTP/1.1\nHost: localhost\nContent-Length: {len(data)}\n\n"
+        with server.raw(head, data):
+            assert eventually(lambda: server.service.engine.waiting == 1)
         answer = server.post(CHAT, body)
         assert answer.headers["x-star-cache"] in ("joined", "hit")
         assert server.metric("encodes_total", outcome="done") == 1

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tests.engines import BUNDLED
 from tests.servers import ASK, DOCUMENT, NAME, Server, eventually, running
 
 CHAT = "/v1/chat/completions"
+CONTEXTS = "/v1/contexts"
 LONG = {"messages": ASK, "max_tokens": 30_000, "ignore_eos": True}
 
 
@@ -30,10 +31,10 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def send(server: Server, body: dict[str, Any]) -> socket.socket:
-    """Send a chat request over a bare socket."""
+def send(server: Server, body: dict[str, Any], path: str = CHAT) -> socket.socket:
+    """Send a request over a bare socket."""
     data = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\nHost: localhost\nContent-Length: {len(data)}\n\n"
+    head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Length: {len(data)}\n\n"
     return server.raw(head, data)
 
 
@@ -88,10 +89,13 @@ def test_a_client_that_leaves_while_it_waits_for_a_context(
     """Forbids an error 500 in the log, and an answer to nobody."""
     caplog.set_level("INFO")
     before = server.metric("request_errors_total", code="server_error")
-    body = {"text": "A long text. " * 3000}
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(f"{server.url}/v1/contexts?wait=true", json=body, timeout=0.15)
+    known, moves = len(server.get(CONTEXTS).json()["data"]), threading.Event()
+    server.service.engine.post(lambda: moves.wait(60))
+    connection = send(server, {"text": "A long text. " * 3000}, f"{CONTEXTS}?wait=true")
+    assert eventually(lambda: len(server.get(CONTEXTS).json()["data"]) == known + 1)
+    connection.close()
     assert eventually(lambda: " 499 " in caplog.text)
+    moves.set()
     assert eventually(server.is_idle)
     assert server.metric("request_errors_total", code="server_error") == before
 
@@ -178,11 +182,13 @@ def test_an_error_after_the_first_byte_is_one_that_clients_raise(server: Server)
 
 def test_health_while_the_engine_hangs() -> None:
     """Forbids 200 while nothing moves, and 503 once it moves again."""
+    moves = threading.Event()
     with running(engine_stall=1) as server:
-        server.service.engine.post(lambda: time.sleep(2))
+        server.service.engine.post(lambda: moves.wait(60))
         assert eventually(lambda: server.get("/health").status_code == 503)
         error = server.get("/ready").json()["error"]
         assert error["code"] == "engine_hangs"
+        moves.set()
         assert eventually(lambda: server.get("/health").status_code == 200)
 
 
