@@ -65,6 +65,8 @@ def plant(real: Any) -> Any:
         begin_forward(current)
         if fault == "slow" and current == "1":
             time.sleep(1.5)
+        if fault == "late" and current == "startup" and os.environ["RANK"] != "0":
+            time.sleep(3)
         if fault == "crawling" and current == "2":
             with open(os.environ["FAULT_TIME"], "w") as file:
                 file.write("answering")

@@ -93,8 +93,8 @@ def test_a_pause_beyond_the_stall_limit_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_an_error_right_after_startup_is_rank_0s_own(tmp_path: Path) -> None:
-    """The others may not follow yet when rank 0's process ends."""
-    processes = start(tmp_path, ["none", "startup", "0", *session(0)], 3)
+    """The others are still in their startup when rank 0's process ends."""
+    processes = start(tmp_path, ["late", "startup", "0", *session(0)], 3)
     statuses, (stderr, *others), _ = wait_for_end(tmp_path, processes, None)
     assert statuses == [1, 0, 0]
     assert stderr.splitlines()[-1] == "ZeroDivisionError: planted"

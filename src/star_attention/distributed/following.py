@@ -16,7 +16,7 @@ FOLLOW = "follow"
 CLOSE = "close"
 """Name of the call with which rank 0 lets the other ranks go."""
 
-# How long rank 0 waits at its end for ranks that have started, but do not follow yet.
+# How long rank 0 waits at its end for ranks that do not follow yet, after the last sign of them.
 _LINGER_S = 2.0
 
 _COUNT = "following"
@@ -48,22 +48,27 @@ class Followers:
             # Rank 0 has gone, and nobody counts any more.
             return
 
-    def any(self) -> bool:
-        """Return True if any rank follows."""
+    def count(self) -> int:
+        """Return how many ranks follow."""
         try:
-            return int(self._store.add(_COUNT, 0)) > 0
+            return int(self._store.add(_COUNT, 0))
         except dist.DistError:
-            return False
+            return 0
 
-    def come(self, others_left: Callable[[], bool]) -> bool:
-        """Wait a moment for ranks that are about to follow; return True if any does.
+    def come(
+        self, others: Callable[[], int], moved_at: Callable[[], float], limit_s: float
+    ) -> None:
+        """Wait until all other ranks follow, or a moment after the last sign of those that do not.
 
         Args:
-            others_left: returns True once no other rank can follow any more.
+            others: returns how many other ranks have not left for good.
+            moved_at: returns when one that does not follow yet was last seen to move, on the clock
+                of `time.monotonic`.
+            limit_s: longest wait, in seconds.
         """
-        deadline = time.monotonic() + _LINGER_S
-        while not self.any():
-            if time.monotonic() > deadline or others_left():
-                return False
+        began = time.monotonic()
+        while self.count() < others():
+            now = time.monotonic()
+            if now - max(began, moved_at()) > _LINGER_S or now - began > limit_s:
+                return
             time.sleep(0.01)
-        return True

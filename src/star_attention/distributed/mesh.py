@@ -169,7 +169,7 @@ class Mesh(WorldControl):
             self.world.pauses.begin(self._suspend_stream)
 
     def _suspend_stream(self) -> None:
-        if not self.followers.any():
+        if not self.followers.count():
             return
         if self._device.type == "cuda":
             # A thread starts on the first GPU.

@@ -211,7 +211,7 @@ class WorldControl:
         """Let the ranks that follow go: `next_call` returns None there. On rank 0."""
         # Who is let go may end.
         self.world.watch_others(None)
-        if self.rank == 0 and self.world.broken is None and self.followers.any():
+        if self.rank == 0 and self.world.broken is None and self.followers.count():
             with self.collective(CLOSE):
                 pass
 

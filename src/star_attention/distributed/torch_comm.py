@@ -91,7 +91,7 @@ class TorchComm(MeshComm):
         world = self.world
         # A program that fails right after startup may be faster than the ranks that will follow.
         if self.rank == 0 and world.last_call == STARTUP:
-            self.followers.come(world.others_left)
+            self.followers.come(world.others, world.watchdog.others_moved_at, world.stall_s)
         # A daemon thread may still be in a call, which nothing can end in order.
         if not world.in_call:
             # What the others report is theirs.

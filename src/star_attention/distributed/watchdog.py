@@ -22,6 +22,8 @@ from typing import Any
 
 from star_attention.distributed.cpu_time import Work
 from star_attention.distributed.faults import Fault
+from star_attention.distributed.following import FOLLOW
+from star_attention.distributed.rendezvous import STARTUP
 
 IDLE, LEADING, BUSY, WAITING, GONE = "idle", "leading", "busy", "waiting", "gone"
 """States of a rank. Between two calls it is idle, and nobody's end concerns it; rank 0 may be
@@ -196,6 +198,20 @@ class Watchdog:
         if self.fault is None and time.monotonic() - self._contact_at > self._stall_s:
             self.fault = self._unreachable()
         return self.fault
+
+    def others_moved_at(self) -> float:
+        """Return when a rank that does not wait for calls of rank 0 last moved.
+
+        In its startup, which may be slow, each sign of life counts; later progress alone, since a
+        rank in another call waits for rank 0 itself.
+        """
+        moved_at = [0.0]
+        for rank, (status, seen) in enumerate(zip(self.statuses, self._last_seen, strict=True)):
+            where = status.get("where", STARTUP)
+            if rank != self._rank and where != FOLLOW:
+                starts = where.startswith(STARTUP)
+                moved_at.append(seen.beat_at if starts else seen.progress_at)
+        return max(moved_at)
 
     def find_cause(self, cause: str) -> Fault:
         """Find out why a connection broke: the rank that died or failed.

@@ -49,6 +49,7 @@ class World:
     """One rank's view of all ranks; making one is collective.
 
     Attributes:
+        stall_s: the longest silence of a rank, in seconds.
         broken: why the ranks cannot continue; every further call raises it.
         early_message: a message that was received, but belongs to the next call.
         shared_error: an exception of this call that every rank raises by itself.
@@ -76,7 +77,7 @@ class World:
             raise InvalidInputError(
                 f"stall_s {quote(stall_s)} is not above 0; pass the stall limit in seconds"
             )
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.stall_s = rank, size, stall_s
         self.contexts, self.engines = contexts_of(rank), engines_of(rank)
         self.streams = Streams()
         self.broken: RankError | None = None
@@ -273,7 +274,7 @@ class World:
         fault = self.watchdog.fault
         interrupted = isinstance(error, KeyboardInterrupt)
         # In a notebook Ctrl-C reaches rank 0 alone; the ranks that follow it are there to go on.
-        is_led = interrupted and self.rank == 0 and self.followers.any()
+        is_led = interrupted and self.rank == 0 and self.followers.count() > 0
         can_meet = (isinstance(error, Exception) or is_led) and (
             fault is None or fault.is_exception
         )
@@ -331,12 +332,10 @@ class World:
         if fault is not None:
             raise fault.as_error()
 
-    def others_left(self) -> bool:
-        """Return True if every other rank has left for good."""
-        statuses = self.watchdog.statuses
-        return all(
-            status.get("state") == GONE for rank, status in enumerate(statuses) if rank != self.rank
-        )
+    def others(self) -> int:
+        """Return how many other ranks have not left for good."""
+        statuses = enumerate(self.watchdog.statuses)
+        return sum(status.get("state") != GONE for rank, status in statuses if rank != self.rank)
 
     def close(self) -> None:
         """Leave the other ranks and let them know."""
