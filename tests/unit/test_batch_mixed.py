@@ -44,6 +44,9 @@ class TokenByToken:
         self.faults: list[type[Exception] | None] = []
         self.broken: int | None = None
 
+    def look(self) -> None:
+        """Drop nothing: nothing was captured."""
+
     def serve(self, *_: Any) -> bool:
         """Leave single answers alone."""
         return False

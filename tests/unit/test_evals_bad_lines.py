@@ -82,7 +82,7 @@ def test_no_value_of_a_field_leads_to_a_traceback(tmp_path: Path, name: str) -> 
     [
         (
             '{"context": "caf\\ud83d", "query": "q", "answers": ["x"]}',
-            r"field 'context' holds half",
+            r"field 'context' holds a lone surrogate",
         ),
         (
             '{"context": "c", "query": "\\udc00?", "answers": ["x"]}',

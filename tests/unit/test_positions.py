@@ -122,7 +122,7 @@ def test_a_query_that_would_fail_is_refused_before_encoding(
     )
     refused(
         InvalidInputError,
-        "top_p 2",
+        "top_p: expected a number above 0 and at most 1, got 2",
         call=lambda: star.encode(ids(50), query=[5], settings=dict(top_p=2)),
     )
     refused(InvalidInputError, "needs a tokenizer", call=lambda: star.encode(ids(50), query="text"))

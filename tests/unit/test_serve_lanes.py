@@ -16,8 +16,8 @@ import pytest
 
 from star_attention import StarLLM
 from star_attention.hf.text import template
+from star_attention.serve import documents, prompts
 from star_attention.serve import lanes as lanes_module
-from star_attention.serve import prompts
 from star_attention.serve.lanes import Lanes
 from star_attention.serve.values import characters_in
 from tests.servers import ASK, NOISE, Server, eventually, quick_engine, running
@@ -209,8 +209,8 @@ def test_a_document_that_goes_on_is_read_beside_the_loop(
 
 
 def test_files_in_messages_are_read_beside_the_loop(threads: Callable[..., list[str]]) -> None:
-    """Forbids that a PDF in a message is taken apart in the event loop, which takes seconds."""
-    seen = threads(prompts, "text_of")
+    """Forbids that a long file in a message is decoded in the event loop."""
+    seen = threads(documents, "decode")
     data = base64.b64encode(b"The sky is blue.").decode()
     file = {"filename": "sky.txt", "file_data": f"data:text/plain;base64,{data}"}
     parts = [{"type": "file", "file": file}, {"type": "text", "text": "Why?"}]
