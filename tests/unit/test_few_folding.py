@@ -171,11 +171,11 @@ def launches_of(graph: torch.fx.Graph) -> list[str]:
         ("gemma3", ["norm", "3", "1 post + norm", "2", "1 post +"]),
         pytest.param("olmo2", ["3", "1 post +", "2", "1 post +"], marks=pytest.mark.slow),
         # Products are multiplied with a number before the sum; the last one's is Inductor's.
-        ("granite", ["norm", "3", "1 0.5 + norm", "2", "1"]),
+        pytest.param("granite", ["norm", "3", "1 0.5 + norm", "2", "1"], marks=pytest.mark.slow),
         # Two products are added to one residual, and its norm has no root of a mean square alone.
         pytest.param("cohere", ["3", "2", "1+", "1+"], marks=pytest.mark.slow),
         # No gate.
-        ("arcee", ["norm", "3", "1 + norm", "1", "1+"]),
+        pytest.param("arcee", ["norm", "3", "1 + norm", "1", "1+"], marks=pytest.mark.slow),
     ],
 )
 def test_layers_of_families(
