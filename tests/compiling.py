@@ -13,6 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.families import build
+
 
 def traced(function: Callable[..., Any], *args: Tensor, mode: Any = "real") -> torch.fx.GraphModule:
     """Return the graph that torch.compile's passes see: operations are decomposed."""
@@ -21,6 +23,20 @@ def traced(function: Callable[..., Any], *args: Tensor, mode: Any = "real") -> t
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def half_layer(family: str) -> tuple[Any, Any, dict[str, str]]:
+    """Return a model of a family in half precision, and its first layer with norms of any weights.
+
+    The last result is what the model's rotary embeddings take beside states and positions.
+    """
+    torch.manual_seed(0)
+    model: Any = build(family).half()
+    layer = model.model.layers[0]
+    for name, weight in layer.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight)
+    return model, layer, {} if family != "gemma3" else dict(layer_type="sliding_attention")
 
 
 def of_weights(layer: torch.nn.Module, rotary: Any) -> Callable[..., Tensor]:

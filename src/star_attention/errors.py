@@ -31,7 +31,7 @@ import contextlib
 import difflib
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -212,6 +212,17 @@ def unknown_option(
     near = difflib.get_close_matches(name, known, n=1)
     remedy = instead.get(name) or (f"did you mean {quote(near[0])}?" if near else otherwise)
     return UnknownOptionError(f"{call} does not take {quote(name)}; {remedy}")
+
+
+@contextlib.contextmanager
+def explained_by(check: Callable[[], None] | None) -> Iterator[None]:
+    """Call a check if the block fails: the error that it raises may be the reason."""
+    try:
+        yield
+    except Exception:
+        if check is not None:
+            check()
+        raise
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 
+from star_attention.errors import explained_by
 from star_attention.hf.execution import finite, second_look
 from star_attention.hf.execution.drawing import Text, seen
 from star_attention.hf.execution.processing import Processing
@@ -184,13 +185,9 @@ class Leader(Decoding):
             # The weights have moved since the stream was made.
             self._check = None
             check()
-        try:
+        # A changed model may be the reason why a forward fails.
+        with explained_by(check):
             super()._read_queries()
-        except Exception:
-            if check is not None:
-                # A changed model may be the reason.
-                check()
-            raise
 
     def _check_model(self) -> None:
         """Check the model before the first token; all ranks raise the error."""

@@ -85,11 +85,15 @@ def test_gates(dtype: torch.dtype, kind: str, shape: tuple[int, int], activation
 @pytest.mark.parametrize("kind", ["plain", "fp8"])
 @pytest.mark.parametrize("shape", [(4096, 14336), (4096, 4096), (37, 1000)])
 def test_residuals(dtype: torch.dtype, kind: str, shape: tuple[int, int]) -> None:
+    check_residuals(dtype, kind, shape, rows=1)
+
+
+def check_residuals(dtype: torch.dtype, kind: str, shape: tuple[int, int], rows: int) -> None:
     torch.manual_seed(0)
     N, K = shape
     weight, scale, values = weight_of(N, K, kind, dtype)
-    x = torch.randn(1, 1, K, device="cuda").to(dtype)
-    residual = torch.randn(1, 1, N, device="cuda").to(dtype)
+    x = torch.randn(rows, 1, K, device="cuda").to(dtype)
+    residual = torch.randn(rows, 1, N, device="cuda").to(dtype)
     out = graphed(
         triton_folded.folded_linears,
         x, [weight], [None], [0, N, 0], [scale], residual, "",
@@ -133,16 +137,7 @@ def test_gates_of_a_few_rows(
 def test_residuals_of_a_few_rows(
     dtype: torch.dtype, kind: str, shape: tuple[int, int], rows: int
 ) -> None:
-    torch.manual_seed(0)
-    N, K = shape
-    weight, scale, values = weight_of(N, K, kind, dtype)
-    x = torch.randn(rows, 1, K, device="cuda").to(dtype)
-    residual = torch.randn(rows, 1, N, device="cuda").to(dtype)
-    out = graphed(
-        triton_folded.folded_linears,
-        x, [weight], [None], [0, N, 0], [scale], residual, "",
-    )  # fmt: skip
-    close(out, linear(x.double(), values) + residual.double())
+    check_residuals(dtype, kind, shape, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

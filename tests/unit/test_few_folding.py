@@ -17,10 +17,9 @@ from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import compiled
 from star_attention.hf.execution.rows import RowForwards
 from star_attention.linear import fp8
-from tests.compiling import fresh_code, of_any_rows, of_weights
+from tests.compiling import fresh_code, half_layer, of_any_rows, of_weights
 from tests.decode_rows import prefilled, step
 from tests.engines import ids, tiny
-from tests.families import build
 from tests.recorders import few_runs, with_graphs
 from tests.row_norms import PARTS, exact, norms_of
 from tests.unit.test_folding import Row
@@ -184,13 +183,7 @@ def test_layers_of_families(
     """One code for all numbers of rows, as the plain layer computes."""
     monkeypatch.setattr(triton_few, "_processors", lambda device: 16)
     monkeypatch.setattr(triton_few, "_LEAST_K", 32)
-    torch.manual_seed(0)
-    model: Any = build(family).half()
-    layer = model.model.layers[0]
-    for name, weight in layer.named_parameters():
-        if "norm" in name:
-            nn.init.normal_(weight)
-    types: Any = {} if family != "gemma3" else dict(layer_type="sliding_attention")
+    model, layer, types = half_layer(family)
     weights = list(dict(layer.named_parameters()).values())
     stock = [module for module in layer.modules() if type(module) is nn.Linear]
 

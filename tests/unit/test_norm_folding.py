@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from star_attention.hf.execution import compiled
 from star_attention.hf.execution.handle import ModelHandle
-from tests.compiling import of_weights
+from tests.compiling import half_layer, of_weights
 from tests.families import build
 from tests.row_norms import PARTS, check, norms_of
 from tests.unit.test_folding import Row, traced
@@ -102,14 +102,8 @@ def check_layer(family: str, launches: list[str], last: type[nn.Linear], sums: A
     Args:
         last: class of the last layers of attention and MLP.
     """
-    torch.manual_seed(0)
-    model: Any = build(family).half()
-    layer = model.model.layers[0]
-    for name, weight in layer.named_parameters():
-        if "norm" in name:
-            nn.init.normal_(weight)
+    model, layer, types = half_layer(family)
     x = torch.randn(1, 1, model.config.hidden_size).half()
-    types: Any = {} if family != "gemma3" else dict(layer_type="sliding_attention")
     rotary = model.model.rotary_emb(x, torch.tensor([[7]]), **types)
     weights = dict(layer.named_parameters())
     forward = of_weights(layer, rotary)

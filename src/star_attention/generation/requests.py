@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList
 
 from star_attention import inputs, methods
 from star_attention.errors import InvalidInputError
+from star_attention.generation.conversation import Conversation
 from star_attention.generation.json_answers import JsonProcessor
 from star_attention.generation.known_tokens import known_tokens
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
@@ -38,6 +39,18 @@ def later_check(runtime: Runtime, context: EncodedContext) -> Callable[[], None]
     if runtime.handle.is_frozen:
         return None
     return runtime.identities.later_check(context, runtime.tokenizer, runtime.device)
+
+
+def check_room(runtime: Runtime, talk: Conversation, prepared: Prepared) -> None:
+    """Raise an error unless checked queries and their answers fit after a conversation."""
+    assert prepared.settings is not None, "rank 0 prepares"
+    runtime.positions.check_room(
+        len(talk.context),
+        talk.context.rope_length,
+        prepared.prompts,
+        prepared.settings.max_new_tokens,
+        len(talk.turns),
+    )
 
 
 def prepared(

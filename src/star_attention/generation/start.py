@@ -10,7 +10,7 @@ from torch import Tensor
 
 from star_attention import inputs, phase2
 from star_attention.distributed.messages import END
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, explained_by
 from star_attention.generation import requests, stock
 from star_attention.generation.batching.run import RowsRun, serves
 from star_attention.generation.conversation import (
@@ -131,13 +131,9 @@ def _leading_runs(
     context = talk.context
     check = requests.later_check(runtime, context)
     look_at(runtime.handle, runtime.comm, later=streamed)
-    try:
+    # A changed model or tokenizer may be the reason why queries fail.
+    with explained_by(check):
         groups = _groups(runtime, talk, query, options)
-    except Exception:
-        if check is not None:
-            # A changed model or tokenizer may be the reason.
-            check()
-        raise
     for number, group in enumerate(groups, start=1):
         if not (streamed or talk.turns) and serves(runtime, context, group):
             rows = RowsRun(runtime, context, group, runtime.comm.streams.new_number(), check)
@@ -167,22 +163,15 @@ def _groups(
     runtime: Runtime, talk: Conversation, query: Any, options: dict[str, Any]
 ) -> list[Prepared]:
     """Return the checked queries of a call, in groups that are answered one after another."""
-    context = talk.context
     options = {"keep": True} | options if talk.turns else options
-    prepared = requests.prepared(runtime, context, query, options, talk.turns)
+    prepared = requests.prepared(runtime, talk.context, query, options, talk.turns)
     settings = prepared.settings
     assert settings is not None, "rank 0 prepares"
     # A second look chooses for one query, and its copy of the context is for that one alone. Kept
     # keys begin one query.
     if not (settings.second_look or talk.turns):
         return [prepared]
-    runtime.positions.check_room(
-        len(context),
-        context.rope_length,
-        prepared.prompts,
-        settings.max_new_tokens,
-        len(talk.turns),
-    )
+    requests.check_room(runtime, talk, prepared)
     return [
         replace(prepared, prompts=[prompt], queries=[each])
         for prompt, each in zip(prepared.prompts, prepared.queries, strict=True)

@@ -202,13 +202,7 @@ class Batch(Transient):
             runtime.check_context(context)
         prepared = requests.prepared(runtime, context, query, options, talk.turns)
         settings = _check_single(prepared)
-        runtime.positions.check_room(
-            len(context),
-            context.rope_length,
-            prepared.prompts,
-            settings.max_new_tokens,
-            len(talk.turns),
-        )
+        requests.check_room(runtime, talk, prepared)
         (task,) = tasks_of(runtime, context, prepared, self._lead)
         task.go_on_from(talk)
         task.keeper = LeadingKeeper.of(
