@@ -299,7 +299,7 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
 
 
 def _no_option(name: str, names: set[str]) -> str:
-    """Return why a key of a file is none."""
+    """Say why a file cannot have a key."""
     if name == "config":
         return "a file of settings names no other one; leave config out"
     switch = name.removeprefix("no_")

@@ -94,7 +94,7 @@ class WorldControl:
             try:
                 yield
             except BaseException:
-                # Nobody goes on with it.
+                # No later call resumes this stream.
                 self.streams.active = None
                 raise
             if stream.ended or stream.is_suspended:

@@ -18,9 +18,9 @@ _LEAST_AT_ONCE = 2
 class Documents:
     """Reads what clients send as files.
 
-    Texts are read where they are. Documents are read by processes of their own, one for a key at a
-    time, so that the next one is another key's. The latest texts of documents are kept: clients
-    send a document with every question on it.
+    Plain text is decoded in a thread. Documents are read by processes of their own, one for a key
+    at a time, so that the next one is another key's. The latest texts of documents are kept:
+    clients send a document with every question on it.
 
     Args:
         most_bytes: most bytes of a document's text, and most characters of the texts that are kept.
