@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.kernels.row_tables import RowTables
-from star_attention.attention.rotation import Rotation
+from star_attention.attention.rotation import HeadNorms, Rotation
 
 H, G, D = 6, 2, 16
 
@@ -37,29 +37,40 @@ class NewTokens:
         """Compare queries of all heads and tails with what they should be, to rounding."""
         q, k, v = (torch.cat(of_ranks, 2) for of_ranks in zip(*self.own, strict=True))
         if self.rotation is not None:
-            q, k = self.rotation.rotate(q), self.rotation.rotate(k)
-        _close(queries, q)
+            q, k = self.rotation.both(q, k)
+        # Sums of two terms, which norms make as large as some tens, may nearly cancel.
+        ulps = 16 if self.rotation is not None and self.rotation.norms is not None else 2
+        _close(queries, q, ulps)
         for row, (pair, old) in enumerate(zip(self.stored, before, strict=True)):
             for tail, was, new in zip(pair, old, (k, v), strict=True):
                 first = self.lengths[row]
                 room = max(0, min(tail.shape[1] - first, new.shape[1]))
                 was[:, first : first + room] = new[row, :room].transpose(0, 1)
-                _close(tail, was)
+                _close(tail, was, ulps)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         return [(k.clone(), v.clone()) for k, v in self.stored]
 
 
-def _close(actual: Tensor, expected: Tensor) -> None:
+def _close(actual: Tensor, expected: Tensor, ulps: int) -> None:
     # The interpreter rounds to bfloat16 towards zero.
     eps = torch.finfo(actual.dtype).eps
-    torch.testing.assert_close(actual, expected, atol=2 * eps, rtol=2 * eps)
+    torch.testing.assert_close(actual, expected, atol=ulps * eps, rtol=2 * eps)
 
 
 def new_tokens(
-    seed: int, ranks: int, dtype: torch.dtype, draw: random.Random, device: str = "cpu"
+    seed: int,
+    ranks: int,
+    dtype: torch.dtype,
+    draw: random.Random,
+    device: str = "cpu",
+    *,
+    normed: bool = False,
 ) -> NewTokens:
-    """Return tokens of rows whose tails are their own, or of one context, rotated or not."""
+    """Return tokens of rows whose tails are their own, or of one context, rotated or not.
+
+    Heads are `normed` before they are rotated.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -72,7 +83,10 @@ def new_tokens(
     rotation = None
     if draw.random() < 0.7:
         cos, sin = numbers(draw.choice([1, R]), Q, angles), numbers(R, Q, angles)
-        rotation = Rotation(cos_RQE=cos, sin_RQE=sin[: len(cos)], pairs=pairs)
+        norms = None
+        if normed:
+            norms = HeadNorms(query=numbers(D), key=numbers(D), offset=1.0, eps=1e-3)
+        rotation = Rotation(cos_RQE=cos, sin_RQE=sin[: len(cos)], pairs=pairs, norms=norms)
     if by_row:
         capacities = [9, 4, 0][:R]
         lengths = [8, 1, 0][:R]

@@ -15,8 +15,8 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
 from star_attention.attention.kernels.row_tables import RowTables
-from star_attention.attention.rotation import Rotation
-from star_attention.hf.execution import compiled, graphs, hook, rotary
+from star_attention.attention.rotation import HeadNorms, Rotation
+from star_attention.hf.execution import compiled, graphs, hook, rotary, sums
 from tests.answer_oracle import Case, setup, tables
 from tests.compiling import fresh_code
 from tests.engines import engine, ids
@@ -35,14 +35,19 @@ PLAIN, ROTARY = (
 )
 
 
-def rotation_of(rows: int, queries: int, angles: int, *, pairs: bool) -> Rotation:
+def rotation_of(
+    rows: int, queries: int, angles: int, *, pairs: bool, normed: bool = False
+) -> Rotation:
     cos, sin = torch.randn(2, rows, queries, angles)
-    return Rotation(cos_RQE=cos, sin_RQE=sin, pairs=pairs)
+    query, key = torch.randn(2, D)
+    norms = HeadNorms(query=query, key=key, offset=1.0, eps=1e-3) if normed else None
+    return Rotation(cos_RQE=cos, sin_RQE=sin, pairs=pairs, norms=norms)
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("angles", "pairs"), [(D, False), (D // 2, False), (D, True)])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_new_tokens_of_one_context(rows: int, angles: int, pairs: bool) -> None:
+def test_new_tokens_of_one_context(rows: int, angles: int, pairs: bool, normed: bool) -> None:
     """Queries and keys are rotated; keys and values join the tails, nothing else changes there."""
     torch.manual_seed(0)
     case = Case(R=rows, Q=2, H=H, G=G, D=D, L=20, T=7, padding=(0,) * rows)
@@ -50,14 +55,15 @@ def test_new_tokens_of_one_context(rows: int, angles: int, pairs: bool) -> None:
     kv_tables, _addressed = tables(tensors)
     before = tensors.tail_k_RGCD.clone(), tensors.tail_v_RGCD.clone()
     # One row's angles may stand for all.
-    rotation = rotation_of(1 if angles == D else rows, 2, angles, pairs=pairs)
+    rotation = rotation_of(1 if angles == D else rows, 2, angles, pairs=pairs, normed=normed)
     q_RQHD = tensors.q_RQHD.transpose(1, 2).contiguous().transpose(1, 2)
     k_RQGD, v_RQGD = tensors.k_RGQD.transpose(1, 2), tensors.v_RGQD.transpose(1, 2)
     tails = triton_answer.tails_of(kv_tables, 1)
     out = tails.store(q_RQHD, k_RQGD, v_RQGD, rotation)
-    torch.testing.assert_close(out, rotation.rotate(q_RQHD))
+    expected_RQHD, keys_RQGD = rotation.both(q_RQHD, k_RQGD)
+    torch.testing.assert_close(out, expected_RQHD)
     new = slice(case.T, case.T + 2)
-    before[0][:, :, new] = rotation.rotate(k_RQGD).transpose(1, 2)
+    before[0][:, :, new] = keys_RQGD.transpose(1, 2)
     before[1][:, :, new] = tensors.v_RGQD
     torch.testing.assert_close(tensors.tail_k_RGCD, before[0])
     assert torch.equal(tensors.tail_v_RGCD, before[1])
@@ -126,6 +132,15 @@ def _normed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: Tensor) -> Any
     return _llama(_norm(q, norm), _norm(k, norm), cos, sin, norm)
 
 
+def _normed_before_transposing(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: Tensor) -> Any:
+    q, k = (_norm(t.transpose(1, 2), norm).transpose(1, 2) for t in (q, k))
+    return _llama(q, k, cos, sin, norm)
+
+
+def _keys_normed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: Tensor) -> Any:
+    return _llama(q, _norm(k, norm), cos, sin, norm)
+
+
 def _gpt_oss(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: Tensor) -> Any:
     return modeling_gpt_oss.apply_rotary_pos_emb(q, k, cos, sin)
 
@@ -159,7 +174,14 @@ def _scaled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norm: Tensor) -> Any
 
 @pytest.mark.parametrize(
     ("function", "angles", "pairs"),
-    [(_llama, D, False), (_normed, D, False), (_gpt_oss, D // 2, False), (_cohere, D, True)],
+    [
+        (_llama, D, False),
+        (_normed, D, False),
+        (_normed_before_transposing, D, False),
+        (_keys_normed, D, False),
+        (_gpt_oss, D // 2, False),
+        (_cohere, D, True),
+    ],
 )
 @pytest.mark.parametrize("rows", [1, 4])
 def test_rotary_embeddings_of_families(
@@ -169,8 +191,13 @@ def test_rotary_embeddings_of_families(
     rotary.leave_to_kernels(module.graph)
     module.graph.lint()
     (node,) = module.graph.find_nodes(op="call_function", target=ROTARY)
-    q, k, v, _, cos, sin, found, *rule = node.args
+    q, k, v, _, cos, sin, found, norms, numbers, *rule = node.args
     assert found == pairs
+    normed = function in (_normed, _normed_before_transposing)
+    assert [norm.op for norm in norms] == ["placeholder"] * (2 * normed)
+    assert numbers == ([0.0, 1e-6] if normed else [])
+    means = module.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim)
+    assert len(means) == (function is _keys_normed)
     assert rule == [0.25, None, None, None]
     assert cos.op == sin.op == "placeholder"
     assert cos < sin
@@ -178,6 +205,17 @@ def test_rotary_embeddings_of_families(
     # All of the rotary embeddings is gone.
     assert not module.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
     assert not module.graph.find_nodes(op="call_function", target=PLAIN)
+
+
+def test_norms_stay_where_heads_of_all_ranks_are_gathered() -> None:
+    module = traced(_normed, 1)
+    graph = module.graph
+    first = next(iter(graph.nodes))
+    with graph.inserting_after(first):
+        graph.call_function(sums.OPERATIONS[0], (first, 0, "cp"))
+    rotary.leave_to_kernels(graph)
+    (node,) = graph.find_nodes(op="call_function", target=ROTARY)
+    assert node.args[7:9] == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -202,19 +240,20 @@ def test_rotating_as_models_do(function: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3", "gemma3"])
 def test_steps_of_an_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole layers of one row and of several, in the stand-in for a CUDA graph."""
     few_runs(monkeypatch)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
     monkeypatch.setattr(compiled, "triton_works", lambda device: True)
-    found: list[int] = []
+    found: list[tuple[int, ...]] = []
     leave = rotary.leave_to_kernels
 
     def counted(graph: torch.fx.Graph) -> None:
         if graph.find_nodes(op="call_function", target=PLAIN):
             leave(graph)
-            found.append(len(graph.find_nodes(op="call_function", target=ROTARY)))
+            nodes = graph.find_nodes(op="call_function", target=ROTARY)
+            found.append((len(nodes), *(len(node.args[7]) for node in nodes)))
 
     monkeypatch.setattr(rotary, "leave_to_kernels", counted)
     torch._dynamo.reset()
@@ -231,7 +270,7 @@ def test_steps_of_an_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             replies.append(star.generate(context, ids(5), **length))
             replies += star.generate(context, [ids(3), ids(2, seed=4)], **length)
     torch._dynamo.reset()
-    assert set(found) == {1}
+    assert set(found) == {(1, 2 if name in ("qwen3", "gemma3") else 0)}
     for mine, plain in zip(replies[:3], replies[3:], strict=True):
         assert mine.token_ids == plain.token_ids
         torch.testing.assert_close(mine.logits, plain.logits, atol=1e-4, rtol=1e-4)

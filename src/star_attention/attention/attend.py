@@ -35,9 +35,9 @@ class Rule:
             they are merged further.
         sink_H: the learned sink of each query head as a score, which the caller adds to the result
             (`state.add_sink`); None for none.
-        rotation: rotary embeddings of queries and keys that the layer is still to compute, and
-            to store the keys; None if the model did. Only for layers that say so
-            (`StarCache.rotates`).
+        rotation: rotary embeddings of queries and keys, with the norms before them, that the
+            layer is still to compute, and to store the keys; None if the model did. Only for layers
+            that say so (`StarCache.rotates`).
     """
 
     scale: float

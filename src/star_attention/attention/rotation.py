@@ -5,9 +5,33 @@ Axes: R rows, Q tokens, H heads, D head size, E angles of a token, in their orde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadNorms:
+    """RMS norms of each head of queries and keys, before they are rotated.
+
+    Attributes:
+        query: weight of the norm of queries, `[D]`.
+        key: that of keys.
+        offset: what is added to both.
+        eps: what is added to each mean square.
+    """
+
+    query: Tensor
+    key: Tensor
+    offset: float
+    eps: float
+
+    def applied(self, x_RQHD: Tensor, weight: Tensor) -> Tensor:
+        """Return normed queries or keys, computed in fp32, or in fp64 for those."""
+        wide = x_RQHD if x_RQHD.element_size() == 8 else x_RQHD.float()
+        factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * factor * (weight.to(wide.dtype) + self.offset)).to(x_RQHD.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +43,28 @@ class Rotation:
             pair have one number.
         sin_RQE: sines.
         pairs: True if neighbors are a pair; else elements half a head apart are.
+        norms: of queries and keys, before that; None where there are none.
     """
 
     cos_RQE: Tensor
     sin_RQE: Tensor
     pairs: bool
+    norms: HeadNorms | None = None
+
+    def normed(self, q_RQHD: Tensor, k_RQGD: Tensor) -> tuple[Tensor, Tensor, Rotation]:
+        """Return queries and keys after their norms, and what is left to do."""
+        if self.norms is None:
+            return q_RQHD, k_RQGD, self
+        q_RQHD = self.norms.applied(q_RQHD, self.norms.query)
+        return q_RQHD, self.norms.applied(k_RQGD, self.norms.key), replace(self, norms=None)
+
+    def both(self, q_RQHD: Tensor, k_RQGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys after their norms, and rotated."""
+        q_RQHD, k_RQGD, rotation = self.normed(q_RQHD, k_RQGD)
+        return rotation.rotate(q_RQHD), rotation.rotate(k_RQGD)
 
     def rotate(self, x_RQHD: Tensor) -> Tensor:
-        """Return rotated queries or keys, computed in fp32, or in fp64 for those."""
+        """Return rotated queries or keys, without their norms, computed as norms are."""
         D = x_RQHD.shape[3]
         wide = x_RQHD if x_RQHD.element_size() == 8 else x_RQHD.float()
         if self.pairs:

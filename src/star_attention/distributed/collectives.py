@@ -296,6 +296,9 @@ class MeshComm(RowSums):
             tails: where all ranks' keys and values go.
             rotation: rotates queries and keys first; None if that is done.
         """
+        if rotation is not None:
+            # Graphs have none where heads are gathered (`rotary`).
+            q_RQHD, k_RQGD, rotation = rotation.normed(q_RQHD, k_RQGD)
         own, peers = (q_RQHD, k_RQGD, v_RQGD), self._peers(self._lane())
         if peers is not None and peers.fits_heads(own):
             if self._rehearsing:
@@ -304,7 +307,7 @@ class MeshComm(RowSums):
             heads: Tensor = self.world.launch(lambda: peers.gather_new(own, tails, rotation))
             return heads
         if rotation is not None:
-            own = rotation.rotate(q_RQHD), rotation.rotate(k_RQGD), v_RQGD
+            own = *rotation.both(q_RQHD, k_RQGD), v_RQGD
         all_q_RQHD, all_k_RQGD, all_v_RQGD = self.gather_heads(*own)
         tails.store(None, all_k_RQGD, all_v_RQGD, None)
         return all_q_RQHD

@@ -202,13 +202,14 @@ class PeerGroup(PeerRows):
         Args:
             own: this member's queries, keys and values, `[R, Q, heads, D]` each.
             tails: where keys and values of all members' heads go.
-            rotation: rotates queries and keys first.
+            rotation: rotates queries and keys first; without norms.
         """
         R, Q, G, D = own[1].shape
         q_RQHD = own[0].new_empty(R, Q, own[0].shape[2] * self._size, D)
         angles: Any = (self._table, self._table, 0, 0)
         constants = dict(ROTATED=NOT, E=1)
         if rotation is not None:
+            assert rotation.norms is None
             angles, constants = rotation_arguments(rotation, R)
         where = *angles, tails.addresses, tails.numbers, tails.first
         constants |= dict(STORED=True, BY_ROW=tails.by_row, KV_HEADS=G * self._size)

@@ -250,7 +250,10 @@ def _own_head(
     """Load elements of this rank's queries or keys, rotated if they are to be."""
     if ROTATED:
         angles = token // queries * angles_r + token % queries * angles_q
-        x = rotated(x_ptr, cos_ptr, sin_ptr, at, angles, at % D, mask, ROTATED, E, D)
+        x = rotated(
+            x_ptr, cos_ptr, sin_ptr, x_ptr, 0.0, at, angles, at % D, mask,
+            ROTATED, E, D, False, 0.0,
+        )  # fmt: skip
         x = x.to(x_ptr.dtype.element_ty)
     else:
         x = tl.load(x_ptr + at, mask=mask, other=0.0)

@@ -40,7 +40,7 @@ _NORM_OPS = {
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
     """An RMS norm of a graph."""
 
     x: Node
@@ -55,7 +55,7 @@ class _Added:
 
     x: Node
     residual: Node
-    norm: _Norm | None
+    norm: Norm | None
     times: float
 
 
@@ -124,19 +124,19 @@ def _join_linear(graph: Graph, x: Node, norms: Node) -> None:
     folding.erase(graph, [norms, x, cast(Node, x.args[0])])
 
 
-def _find(graph: Graph) -> dict[Node, _Norm]:
+def _find(graph: Graph) -> dict[Node, Norm]:
     """Return the norms of rows, by the node of their result."""
-    found: dict[Node, _Norm] = {}
+    found: dict[Node, Norm] = {}
     for node in graph.nodes:
         if node.target in (_aten.mul.Tensor, _convert) and folding.are_rows(node):
-            norm = _norm_of(node)
-            if norm is not None:
+            norm = norm_of(node)
+            if norm is not None and triton_norm.serves(cast(Tensor, folding.value_of(norm.x))):
                 found[node] = norm
     return found
 
 
-def _norm_of(node: Node) -> _Norm | None:
-    """Return the RMS norm of a row that a node is, if it is one."""
+def norm_of(node: Node) -> Norm | None:
+    """Return the RMS norm of rows that a node is, if it is one."""
     chain, leaves = folding.walk(node, _is_of_norm)
     if not any(each.target == _aten.rsqrt.default for each in chain) or len(leaves) != 2:
         return None
@@ -148,12 +148,10 @@ def _norm_of(node: Node) -> _Norm | None:
     row, values = cast(Tensor, folding.value_of(x)), folding.value_of(weight)
     if values is None or values.shape != row.shape[-1:] or values.dtype != row.dtype:
         return None
-    if not triton_norm.serves(row):
-        return None
     for eps in {arg for each in chain for arg in each.args if isinstance(arg, float)}:
         for offset in (0.0, 1.0):
-            if _computes(node, chain, _Norm(x, weight, offset, eps), row.dim()):
-                return _Norm(x, weight, offset, eps)
+            if _computes(node, chain, Norm(x, weight, offset, eps), row.dim()):
+                return Norm(x, weight, offset, eps)
     return None
 
 
@@ -166,7 +164,7 @@ def _is_of_norm(node: Node) -> bool:
     return not adds or len(node.all_input_nodes) == 1
 
 
-def _computes(node: Node, chain: list[Node], norm: _Norm, axes: int) -> bool:
+def _computes(node: Node, chain: list[Node], norm: Norm, axes: int) -> bool:
     """Compare nodes with a norm on a row that is large beside epsilon, and on a small one."""
     numbers = torch.linspace(-2, 3, 16, dtype=torch.float64, device="cpu")
     weight = torch.linspace(0.5, 1.5, 16, dtype=torch.float64, device="cpu")
@@ -207,7 +205,7 @@ def _is_sum(node: Node, residual: Node | None, sums: _Sums) -> bool:
     return residual is None or residual < node
 
 
-def _added_of(node: Node, norms: dict[Node, _Norm], sums: _Sums) -> _Added | None:
+def _added_of(node: Node, norms: dict[Node, Norm], sums: _Sums) -> _Added | None:
     """Return what a node adds to a residual, if it is such a sum."""
     if node.target != _aten.add.Tensor or node.kwargs or not folding.are_rows(node):
         return None
@@ -231,7 +229,7 @@ def _added_of(node: Node, norms: dict[Node, _Norm], sums: _Sums) -> _Added | Non
     )
 
 
-def _inner(inner: Node, residual: Node, norms: dict[Node, _Norm]) -> _Added | None:
+def _inner(inner: Node, residual: Node, norms: dict[Node, Norm]) -> _Added | None:
     times = 1.0
     if inner.target == _aten.mul.Tensor and len(inner.users) == 1:
         factors = [arg for arg in inner.args if isinstance(arg, (int, float))]
@@ -257,7 +255,7 @@ def _call_sum(graph: Graph, node: Node, args: tuple[Any, ...], sums: tuple[Any, 
     return graph.call_function(sums[1], (taken, *rest, *args))
 
 
-def _fold_norm(graph: Graph, node: Node, norms: dict[Node, _Norm], sums: _Sums) -> None:
+def _fold_norm(graph: Graph, node: Node, norms: dict[Node, Norm], sums: _Sums) -> None:
     """Compute a norm together with what is before it, if a launch for that is not needed."""
     norm = norms[node]
     added = _added_of(norm.x, norms, sums)
@@ -271,13 +269,13 @@ def _become(
     graph: Graph,
     x: Node,
     added: _Added | None,
-    norm: _Norm | None,
+    norm: Norm | None,
     results: list[Node],
     sums: _Sums,
 ) -> None:
     """Compute nodes by one operation."""
     post = None if added is None else added.norm
-    pair = [each or _Norm(x, x, 0.0, 0.0) for each in (post, norm)]
+    pair = [each or Norm(x, x, 0.0, 0.0) for each in (post, norm)]
     args = (
         None if post is None else post.weight,
         1.0 if added is None else added.times,

@@ -1,5 +1,5 @@
 """New tokens' queries, keys and values on their way to attention, in Triton: rotary embeddings of
-queries and keys, and keys and values into the tails, in one launch.
+queries and keys, with the norms of their heads, and keys and values into the tails, in one launch.
 
 Where a tail is and how long, the kernel reads from tables on the device: those of `triton_answer`,
 whose rows share a context and lengths, or those of `triton_rows`.
@@ -52,7 +52,7 @@ class Tails:
             q_RQHD: queries to rotate with the keys, None without `rotation`.
             k_RQGD: keys.
             v_RQGD: values.
-            rotation: of queries and keys.
+            rotation: of queries and keys, with their norms.
 
         Returns:
             The rotated queries.
@@ -60,6 +60,7 @@ class Tails:
         R, Q, G, D = k_RQGD.shape
         new = [t if t.stride(3) == 1 else t.contiguous() for t in (k_RQGD, v_RQGD)]
         heads, out_RQHD, angles, constants = 0, None, (new[0], new[0], 0, 0), dict(ROTATED=NOT, E=1)
+        norms = None if rotation is None else rotation.norms
         if rotation is not None:
             assert q_RQHD is not None
             q_RQHD = q_RQHD if q_RQHD.stride(3) == 1 else q_RQHD.contiguous()
@@ -70,9 +71,11 @@ class Tails:
             new = [new[0], *new]
         _store[(R * Q * (heads + 2 * G),)](
             *new, new[0] if out_RQHD is None else out_RQHD, *angles[:2],
-            self.addresses, self.numbers,
+            new[0] if norms is None else norms.query, new[0] if norms is None else norms.key,
+            0.0 if norms is None else norms.eps, self.addresses, self.numbers,
             *(stride for t in new for stride in t.stride()[:3]), *angles[2:], self.first, Q,
             HEADS=heads, KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), BY_ROW=self.by_row,
+            NORM=norms is not None, OFFSET=0.0 if norms is None else norms.offset,
             num_warps=1, **constants, **triton_pdl.options(k_RQGD.device),
         )  # fmt: skip
         return out_RQHD
@@ -98,10 +101,14 @@ def rotation_arguments(
 
 @triton.jit
 def rotated(
-    x_ptr, cos_ptr, sin_ptr, at, angles_at, d, mask,
+    x_ptr, cos_ptr, sin_ptr, weight_ptr, eps, at, angles_at, d, mask,
     ROTATED: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Load elements `at` of heads, whose places in their heads are `d`, and rotate them in fp32."""
+    """Load elements `at` of heads, whose places in their heads are `d`, and rotate them in fp32.
+
+    With `NORM` they are all elements of one head, which is normed first.
+    """
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if ROTATED == _HALVES:
         is_first = d < D // 2
@@ -110,6 +117,11 @@ def rotated(
         is_first = d % 2 == 0
         other = tl.where(is_first, at + 1, at - 1)
     y = tl.load(x_ptr + other, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.math.rsqrt(tl.sum(x * x) / D + eps)
+        x *= factor * (tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32) + OFFSET)
+        d_other = d + other - at
+        y *= factor * (tl.load(weight_ptr + d_other, mask=mask, other=0.0).to(tl.float32) + OFFSET)
     # Where both elements of a pair have one number, there are half as many.
     e = angles_at + (d * E // D if ROTATED == _PAIRS else d % E)
     cos = tl.load(cos_ptr + e, mask=mask, other=0.0).to(tl.float32)
@@ -136,10 +148,12 @@ def tail_place(
 
 @triton.jit
 def _store(
-    q_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, addresses_ptr, numbers_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, eps,
+    addresses_ptr, numbers_ptr,
     q_r, q_q, q_h, k_r, k_q, k_g, v_r, v_q, v_g, angles_r, angles_q, first, queries,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROTATED: tl.constexpr, E: tl.constexpr, BY_ROW: tl.constexpr, PDL: tl.constexpr,
+    ROTATED: tl.constexpr, E: tl.constexpr, BY_ROW: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Take one head of one token: a query's, if there are `HEADS`, a key's or a value's."""
     triton_pdl.begin(PDL)
@@ -154,7 +168,10 @@ def _store(
     if h < HEADS:
         if ROTATED:
             q_at = q_ptr + r * q_r + q * q_q + h * q_h
-            q_D = rotated(q_at, cos_ptr, sin_ptr, d, angles_at, d, mask, ROTATED, E, D)
+            q_D = rotated(
+                q_at, cos_ptr, sin_ptr, q_norm_ptr, eps, d, angles_at, d, mask,
+                ROTATED, E, D, NORM, OFFSET,
+            )  # fmt: skip
             tl.store(out_ptr + (token * HEADS + h) * D + d, q_D.to(DTYPE), mask=mask)
     else:
         g = (h - HEADS) % KV_HEADS
@@ -168,7 +185,10 @@ def _store(
             # Addresses read on the device do not imply an alignment.
             k_tail = tl.multiple_of(tl.load(pair_ptr).to(tl.pointer_type(DTYPE)), 16)
             if ROTATED:
-                k_D = rotated(k_at, cos_ptr, sin_ptr, d, angles_at, d, mask, ROTATED, E, D)
+                k_D = rotated(
+                k_at, cos_ptr, sin_ptr, k_norm_ptr, eps, d, angles_at, d, mask,
+                ROTATED, E, D, NORM, OFFSET,
+            )  # fmt: skip
                 tl.store(k_tail + target, k_D.to(DTYPE), mask=mask)
             else:
                 tl.store(k_tail + target, tl.load(k_at + d, mask=mask), mask=mask)

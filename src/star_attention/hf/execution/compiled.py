@@ -336,11 +336,11 @@ def _fold_norms_of_rows(graph: torch.fx.Graph) -> None:
 
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FOLD_ROWS = _Passes(
-    "reals 1, rotary 1, fuse linears 3, fold 4, norms of rows 1",
+    "reals 1, rotary 2, fuse linears 3, fold 4, norms of rows 1",
     *(multiply_reals, _rotate, _fuse_linears, _fold, _fold_norms_of_rows),
 )
 _FOLD = _Passes(
-    "reals 1, rotary 1, fuse linears 3, fold 3, route 3, mix 3, norms 2",
+    "reals 1, rotary 2, fuse linears 3, fold 3, route 3, mix 3, norms 2",
     *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix, _fold_norms),
 )
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from star_attention.attention.attend import Rule
-from star_attention.attention.rotation import Rotation
+from star_attention.attention.rotation import HeadNorms, Rotation
 from star_attention.attention.state import add_sink
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
@@ -173,6 +173,8 @@ def _rotary_layer_op(
     cos: Tensor,
     sin: Tensor,
     pairs: bool,
+    norms: Sequence[Tensor],
+    norm_numbers: Sequence[float],
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
@@ -180,12 +182,18 @@ def _rotary_layer_op(
 ) -> Tensor:
     """Do as `_layer_op` does with queries and keys that are still to be rotated.
 
-    `rotary` puts it in its place. `cos`, `sin` and `pairs` are those of `Rotation`.
+    `rotary` puts it in its place. `cos`, `sin` and `pairs` are those of `Rotation`; `norms` are
+    weights of `HeadNorms`, if there are any, and `norm_numbers` its offset and epsilon.
     """
     cache = _ACTIVE.get()
-    rotation = Rotation(cos_RQE=cos, sin_RQE=sin, pairs=pairs)
+    head_norms = None
+    if norms:
+        offset, eps = norm_numbers
+        head_norms = HeadNorms(query=norms[0], key=norms[1], offset=offset, eps=eps)
+    rotation = Rotation(cos_RQE=cos, sin_RQE=sin, pairs=pairs, norms=head_norms)
     if cache is None or not cache.rotates:
-        query, key = (rotation.rotate(t.transpose(1, 2)).transpose(1, 2) for t in (query, key))
+        both = rotation.both(query.transpose(1, 2), key.transpose(1, 2))
+        query, key = (t.transpose(1, 2) for t in both)
         out: Tensor = _layer_op(
             query, key, value, value_size, scaling, sliding_window, softcap, s_aux
         )

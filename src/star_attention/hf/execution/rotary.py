@@ -1,4 +1,5 @@
-"""Find rotary embeddings in a layer's graph, and leave them to our kernels.
+"""Find rotary embeddings in a layer's graph, and leave them to our kernels, with the norms of heads
+before them.
 
 They are recognized by what they compute, not by how a model or torch writes them: candidates are
 run on random numbers and compared. What is not recognized stays as it is.
@@ -17,8 +18,8 @@ from torch.fx import Graph, Node
 from star_attention.attention.rotation import Rotation
 
 # Imported for its operations.
-from star_attention.hf.execution import hook  # noqa: F401
-from star_attention.linear import folding
+from star_attention.hf.execution import hook, sums  # noqa: F401
+from star_attention.linear import folding, norm_folding
 
 _aten, _convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
 _LAYER = torch.ops.star_attention.layer.default
@@ -36,6 +37,7 @@ _MOVES = {
     _aten.view.default,
 }
 """Operations that only move numbers."""
+_SWAPS = (_aten.permute.default, _aten.transpose.int)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NODES = 32
 """Nodes of a rotary embedding, at most."""
@@ -67,13 +69,56 @@ def leave_to_kernels(graph: Graph) -> None:
             continue
         _, cos, sin, pairs = of_query
         with graph.inserting_before(node):
-            args = of_query.x, of_key.x, value, value_size, cos, sin, pairs, *rule
+            x, weights, numbers = _with_norms(graph, of_query.x, of_key.x)
+            args = *x, value, value_size, cos, sin, pairs, weights, numbers, *rule
             made = graph.call_function(_ROTARY_LAYER, args)
         # The rest of what torch knows of the operation is of other arguments.
         made.meta = {"val": node.meta["val"]}
         node.replace_all_uses_with(made)
         graph.erase_node(node)
         folding.erase(graph, [*_walk(query, None)[0], *_walk(key, None)[0]])
+        graph.eliminate_dead_code()
+
+
+def _with_norms(graph: Graph, query: Node, key: Node) -> tuple[list[Node], list[Node], list[float]]:
+    """Return queries and keys before the norms of their heads, and `norms` and `norm_numbers`.
+
+    Those are empty where there are no norms, or where all ranks' heads are gathered after them.
+    """
+    sides = [_normed(each) for each in (query, key)]
+    norms = [norm for norm, _ in sides if norm is not None]
+    if len(norms) < 2 or graph.find_nodes(op="call_function", target=sums.OPERATIONS[0]):
+        return [query, key], [], []
+    of_query, of_key = norms
+    if (of_query.offset, of_query.eps) != (of_key.offset, of_key.eps):
+        return [query, key], [], []
+    return (
+        [_moved_alike(graph, norm.x, move) for norm, (_, move) in zip(norms, sides, strict=True)],
+        [norm.weight for norm in norms],
+        [of_query.offset, of_query.eps],
+    )
+
+
+def _normed(x: Node) -> tuple[norm_folding.Norm | None, Node | None]:
+    """Return the norm of heads that queries or keys are, and what moves its result, if they are."""
+    norm = norm_folding.norm_of(x)
+    if norm is not None or x.target not in _SWAPS or not isinstance(x.args[0], Node):
+        return norm, None
+    moved = x.args[0]
+    value = folding.value_of(moved)
+    # The heads' elements stay last.
+    if value is None or x.args[1:] not in (([0, 2, 1, 3],), (1, 2)):
+        return None, None
+    return norm_folding.norm_of(moved), x
+
+
+def _moved_alike(graph: Graph, x: Node, move: Node | None) -> Node:
+    """Move what has not been normed as its norm is moved."""
+    if move is None:
+        return x
+    made = graph.call_function(cast(Any, move.target), (x, *move.args[1:]))
+    made.meta = dict(move.meta)
+    return made
 
 
 def _find(node: Any) -> _Found | None:
