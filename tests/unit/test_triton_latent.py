@@ -14,6 +14,7 @@ if not triton.knobs.runtime.interpret:
 
 from star_attention.attention.kernels import triton_absorb, triton_latent  # noqa: E402
 from star_attention.attention.latent import Expansion  # noqa: E402
+from star_attention.attention.rotation import Rotation  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,38 @@ def test_products_around_a_token(N: int, V: int, C: int, P: int, dtype: torch.dt
     right = torch.einsum("bqhc,hvc->bqhv", mean.double(), expansion.weight_HXC[:, N:].double())
     out = triton_absorb.expand(mean, expansion, dtype)
     torch.testing.assert_close(out, right.to(dtype), atol=8 * eps, rtol=2 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("angles", "pairs", "has_norm"), [(8, False, True), (4, True, True), (8, True, False)]
+)
+def test_a_token_before_its_norm_and_rotation(
+    angles: int, pairs: bool, has_norm: bool, dtype: torch.dtype
+) -> None:
+    """Against both computed in fp64 before."""
+    N, C, P = 20, 100, 8
+    case = Case(C=C, P=P, H=3)
+    tensors = Tensors(case, dtype)
+    expansion = Expansion((torch.randn(3, N + 5, C) / C**0.5).to(dtype), N)
+    q = torch.randn(1, 3, 1, N + P).to(dtype).transpose(1, 2)
+    # One after the other, as in a view of complex numbers.
+    cos, sin = torch.randn(1, 1, angles, 2).unbind(-1)
+    rotation = Rotation(cos_RQE=cos, sin_RQE=sin, pairs=pairs)
+    weight, eps = torch.randn(C).to(dtype), 1e-3
+    c, r = tensors.new
+    tables, _addressed = tensors.tables([(0, case.L)])
+    out = triton_absorb.absorb(
+        q, (c, r), expansion, tables=tables, layer=1, rotation=rotation,
+        norm=(weight, eps) if has_norm else None,
+    )  # fmt: skip
+    c, q = c.double(), q.double()
+    if has_norm:
+        c = c * torch.rsqrt(c.square().mean(-1, keepdim=True) + eps) * weight.double()
+    r = rotation.rotate(r.double().transpose(1, 2)).transpose(1, 2)
+    q = torch.cat([q[..., :N], rotation.rotate(q[..., N:])], -1)
+    tolerance = dict(atol=16 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+    for tail, right in zip(tensors.tails, (c, r), strict=True):
+        torch.testing.assert_close(tail[:, :, case.T : case.T + 1], right.to(dtype), **tolerance)
+    right = Expansion(expansion.weight_HXC.double(), N).absorb(q)
+    torch.testing.assert_close(out, right.to(dtype), **tolerance)

@@ -37,7 +37,7 @@ class Rule:
             (`state.add_sink`); None for none.
         rotation: rotary embeddings of queries and keys, with the norms before them, that the
             layer is still to compute, and to store the keys; None if the model did. Only for layers
-            that say so (`StarCache.rotates`).
+            that say so (`StarCache.rotates`, `StarCache.finishes_latents`).
     """
 
     scale: float

@@ -63,6 +63,12 @@ class Rotation:
         q_RQHD, k_RQGD, rotation = self.normed(q_RQHD, k_RQGD)
         return rotation.rotate(q_RQHD), rotation.rotate(k_RQGD)
 
+    def without_heads(self) -> Rotation:
+        """Return the same rotation of angles that may have an axis of a single head, `R1QE`."""
+        angles = (x[:, 0] if x.dim() == 4 else x for x in (self.cos_RQE, self.sin_RQE))
+        cos_RQE, sin_RQE = angles
+        return Rotation(cos_RQE=cos_RQE, sin_RQE=sin_RQE, pairs=self.pairs)
+
     def rotate(self, x_RQHD: Tensor) -> Tensor:
         """Return rotated queries or keys, without their norms, computed as norms are."""
         D = x_RQHD.shape[3]

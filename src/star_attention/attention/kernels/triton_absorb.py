@@ -1,7 +1,8 @@
 """What surrounds the attention of a single token to MLA's compressed keys, in Triton.
 
 `attention.latent.Expansion` has the same products. A launch absorbs the query and stores the new
-key, another one expands the result. Both read their weights while the kernel before ends.
+key, after their rotary embeddings and its norm if they come without (`hf.execution.latent_token`);
+another one expands the result. Both read their weights while the kernel before ends.
 
 Axes: H query heads, N elements of a query without rotation, V values of a head, X rows of a head's
 weight (N + V), C compressed size, P rotary size, E elements of an absorbed query (C + P).
@@ -18,6 +19,7 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.kernels import triton_latent, triton_pdl
 from star_attention.attention.kernels.triton_answer import COLUMNS, KVTables
 from star_attention.attention.latent import Expansion
+from star_attention.attention.rotation import Rotation
 from star_attention.attention.state import State
 
 _ABSORBED = 64
@@ -48,39 +50,77 @@ def _fetch_run(
 
 
 @triton.jit
+def _rotated(
+    x_ptr, cos_ptr, sin_ptr, angle, out_ptr,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, ANGLES: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Copy the rotary part of a query or a key, rotated if there are `ANGLES` (`Rotation`)."""
+    if ANGLES:
+        i = tl.arange(0, BLOCK_P // 2)
+        mask = i < P // 2
+        first = 2 * i if PAIRS else i
+        second = 2 * i + 1 if PAIRS else i + P // 2
+        of_first = first if ANGLES == P else i
+        of_second = second if ANGLES == P else i
+        cos_a = tl.load(cos_ptr + of_first * angle, mask=mask, other=0.0).to(tl.float32)
+        sin_a = tl.load(sin_ptr + of_first * angle, mask=mask, other=0.0).to(tl.float32)
+        cos_b = tl.load(cos_ptr + of_second * angle, mask=mask, other=0.0).to(tl.float32)
+        sin_b = tl.load(sin_ptr + of_second * angle, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(x_ptr + first, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + first, a * cos_a - b * sin_a, mask=mask)
+        tl.store(out_ptr + second, b * cos_b + a * sin_b, mask=mask)
+    else:
+        p = tl.arange(0, BLOCK_P)
+        tl.store(out_ptr + p, tl.load(x_ptr + p, mask=p < P), mask=p < P)
+
+
+@triton.jit
 def _absorb(
-    q_ptr, weight_ptr, c_ptr, r_ptr, table_ptr, lengths_ptr, out_ptr, layer, q_head, weight_head,
-    runs, fetched,
+    q_ptr, weight_ptr, c_ptr, r_ptr, norm_ptr, cos_ptr, sin_ptr, table_ptr, lengths_ptr, out_ptr,
+    layer, q_head, weight_head, angle, runs, fetched, eps,
     HEADS: tl.constexpr, N: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     STORED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr, ANGLES: tl.constexpr,
+    PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (C + BLOCK_E - 1) // BLOCK_E
-    if PDL:
-        _fetch_run(
-            table_ptr + layer * COLUMNS, tl.load(lengths_ptr).to(tl.int32), runs, fetched,
-            C * STORED, P * STORED, PDL,
-        )  # fmt: skip
     head, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    table_ptr += layer * COLUMNS
     if head < HEADS:
         n, c = tl.arange(0, BLOCK_N), part * BLOCK_E + tl.arange(0, BLOCK_E)
         inside = (n < N)[:, None] & (c < C)[None, :]
         weight_ptr += head * weight_head
+        # On their way first: addresses come one after the other, and would be waited for.
         weight_NC = tl.load(weight_ptr + n[:, None] * C + c[None, :], mask=inside, other=0.0)
+        if PDL:
+            _fetch_run(
+                table_ptr, tl.load(lengths_ptr).to(tl.int32), runs, fetched,
+                C * STORED, P * STORED, PDL,
+            )  # fmt: skip
         triton_pdl.begin(PDL)
         q_ptr += head * q_head
         out_ptr += head * (C + P)
         q_N = tl.load(q_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(out_ptr + c, tl.sum(weight_NC.to(tl.float32) * q_N[:, None], 0), mask=c < C)
         if part == 0:
-            p = tl.arange(0, BLOCK_P)
-            tl.store(out_ptr + C + p, tl.load(q_ptr + N + p, mask=p < P), mask=p < P)
+            _rotated(q_ptr + N, cos_ptr, sin_ptr, angle, out_ptr + C, P, BLOCK_P, ANGLES, PAIRS)
+        tl.store(out_ptr + c, tl.sum(weight_NC.to(tl.float32) * q_N[:, None], 0), mask=c < C)
     else:
-        triton_pdl.begin(PDL)
+        DTYPE: tl.constexpr = c_ptr.dtype.element_ty
+        every = tl.arange(0, BLOCK_C)
         slot = tl.load(lengths_ptr + 1)
-        triton_latent.store_new(
-            c_ptr, r_ptr, table_ptr + layer * COLUMNS, slot, C, P, BLOCK_C, BLOCK_P
-        )
+        c_out_ptr = tl.load(table_ptr + 2).to(tl.pointer_type(DTYPE)) + slot * C
+        r_out_ptr = tl.load(table_ptr + 3).to(tl.pointer_type(DTYPE)) + slot * P
+        if NORM:
+            norm_C = tl.load(norm_ptr + every, mask=every < C, other=0.0).to(tl.float32)
+        triton_pdl.begin(PDL)
+        c_C = tl.load(c_ptr + every, mask=every < C, other=0.0)
+        if NORM:
+            wide_C = c_C.to(tl.float32)
+            factor = tl.math.rsqrt(tl.sum(wide_C * wide_C) / C + eps)
+            c_C = (wide_C * factor * norm_C).to(DTYPE)
+        tl.store(c_out_ptr + every, c_C, mask=every < C)
+        _rotated(r_ptr, cos_ptr, sin_ptr, angle, r_out_ptr, P, BLOCK_P, ANGLES, PAIRS)
 
 
 @triton.jit
@@ -109,6 +149,7 @@ def attend(
     layer: int,
     rule: Rule,
     fp8: bool = False,
+    norm: tuple[Tensor, float] | None = None,
 ) -> State:
     """Store a token's key, and compute its attention, as `triton_latent` does for several tokens.
 
@@ -118,13 +159,19 @@ def attend(
         expansion: the weights.
         tables: where context and tail are, which has room for the key.
         layer: row of the addresses.
-        rule: the scale and the result's precision, fp32 by default; no window and no softcap.
+        rule: the scale, the result's precision, fp32 by default, and the rotation of the rotary
+            parts, which are rotated already without one; no window and no softcap.
         fp8: True if the context is in e4m3 with scales.
+        norm: weight and epsilon of the RMS norm of what is compressed, which has it already
+            without them.
 
     Returns:
         The state over expanded values.
     """
-    q_11HE = absorb(q_11HD, new, expansion, tables=tables, layer=layer, fp8=fp8)
+    q_11HE = absorb(
+        q_11HD, new, expansion, tables=tables, layer=layer, fp8=fp8, norm=norm,
+        rotation=rule.rotation,
+    )  # fmt: skip
     C = expansion.weight_HXC.shape[2]
     mean_11HC, lse_11H = triton_latent.attend(
         q_11HE, C, tables=tables, layer=layer, rule=rule, fp8=fp8
@@ -140,6 +187,8 @@ def absorb(
     tables: KVTables,
     layer: int,
     fp8: bool = False,
+    norm: tuple[Tensor, float] | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Return a token's queries for compressed keys, `[1, 1, H, E]`, and store its own key.
 
@@ -154,13 +203,23 @@ def absorb(
     stored = 1 if fp8 else q_11HD.element_size()
     # Of other sizes, keys do not begin where memory can be fetched.
     fetched = 0 if C * stored % 16 or P * stored % 16 else FETCHED
+    weight_C, eps = norm or (c_111C, 0.0)
+    cos = sin = c_111C
+    if rotation is not None:
+        cos, sin = rotation.cos_RQE, rotation.sin_RQE
+        sin = sin if sin.stride(2) == cos.stride(2) else sin.contiguous()
+        cos = cos if sin.stride(2) == cos.stride(2) else cos.contiguous()
     _absorb[(H * triton.cdiv(C, _ABSORBED) + 1,)](
-        q_11HD, weight_HXC, c_111C, r_111P, tables.addresses, tables.lengths[0], out_11HE, layer,
-        q_11HD.stride(2), weight_HXC.stride(0), triton_latent.SPLITS, fetched,
+        q_11HD, weight_HXC, c_111C, r_111P, weight_C, cos, sin,
+        tables.addresses, tables.lengths[0], out_11HE, layer,
+        q_11HD.stride(2), weight_HXC.stride(0), cos.stride(2), triton_latent.SPLITS, fetched, eps,
         HEADS=H, N=N, C=C, P=P, STORED=stored,
         BLOCK_N=triton.next_power_of_2(N), BLOCK_E=_ABSORBED,
         BLOCK_C=triton.next_power_of_2(C), BLOCK_P=triton.next_power_of_2(P),
-        COLUMNS=COLUMNS, num_warps=4, **triton_pdl.options(q_11HD.device),
+        COLUMNS=COLUMNS, NORM=norm is not None,
+        ANGLES=0 if rotation is None else cos.shape[2],
+        PAIRS=rotation is not None and rotation.pairs,
+        num_warps=4, **triton_pdl.options(q_11HD.device),
     )  # fmt: skip
     return out_11HE
 

@@ -216,6 +216,12 @@ class StarCache(Cache):
         return False
 
     @property
+    def finishes_latents(self) -> bool:
+        """True if layers compute the norm and the rotary embeddings of a single token's compressed
+        key and of its query themselves (`GraphLayer.expect_latent`)."""
+        return False
+
+    @property
     def merges_ranks(self) -> bool:
         """True if a layer's states are merged with those of other ranks."""
         return self.comm.cp_size > 1

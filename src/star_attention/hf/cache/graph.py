@@ -22,24 +22,15 @@ from star_attention.attention.runs import Runs
 from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
-from star_attention.hf.cache.arrivals import (
-    Arrivals,
-    Arriving,
-    arrives,
-    at_place,
-    count_places,
-)
+from star_attention.hf.cache.arrivals import Arrivals, Arriving, at_place, count_places
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
 from star_attention.hf.cache.decode import AnswerCache, own_heads
 from star_attention.hf.cache.latent import LatentAttention, Latents
-from star_attention.hf.cache.probe import LayerKVShape
+from star_attention.hf.cache.readable import Shapes
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, LayerKV
+from star_attention.storage.kv import ContextKV
 from star_attention.storage.oom import allocate
 from star_attention.storage.transfers import overwrite
-
-Shapes = list[LayerKVShape | None]
-"""Shape of each cache layer's entries, None for layers that read another layer's keys."""
 
 
 class TailBuffers:
@@ -181,10 +172,25 @@ class GraphLayer(StarLayer[GraphPosition]):
 
     _new: tuple[Tensor, Tensor] | None = None
     """What a single token stores, which the kernel that absorbs its query does."""
+    _norm: tuple[Tensor, float] | None = None
+    """The norm that it computes before."""
+
+    def expect_latent(
+        self, c_111C: Tensor, r_111P: Tensor, norm: tuple[Tensor, float] | None
+    ) -> None:
+        """Know a single token's compressed key, which `attend` finishes and stores.
+
+        Args:
+            c_111C: what is compressed, before its norm if there is one.
+            r_111P: the rotary part, before its rotation if the attention's rule has one.
+            norm: weight and epsilon of the norm.
+        """
+        self._new, self._norm = (c_111C, r_111P), norm
+        self.expect(c_111C, r_111P)
 
     def append(self, k_RGQD: Tensor, v_RGQD: Tensor) -> tuple[Tensor, Tensor]:
         # Nothing is left of a forward that failed.
-        self._new = None
+        self._new = self._norm = None
         if self._latent is not None and k_RGQD.shape[0] == k_RGQD.shape[2] == 1:
             self._new = k_RGQD, v_RGQD
             return k_RGQD[:], v_RGQD[:]
@@ -240,7 +246,8 @@ class GraphLayer(StarLayer[GraphPosition]):
         where: dict[str, Any] = dict(tables=position.tables, layer=self.index, rule=rule)
         new, self._new = self._new, None
         if new is not None:
-            state = position.token_kernel.attend(q_RQHD, new, expansion, fp8=position.fp8, **where)
+            where |= dict(fp8=position.fp8, norm=self._norm)
+            state = position.token_kernel.attend(q_RQHD, new, expansion, **where)
         else:
             compressed = position.latent_kernel.attend(
                 expansion.absorb(q_RQHD), latent.compressed_size, fp8=position.fp8, **where
@@ -285,6 +292,10 @@ class GraphCache(StarCache):
     @property
     def rotates(self) -> bool:
         return self.position.latents is None
+
+    @property
+    def finishes_latents(self) -> bool:
+        return self.attends_compressed
 
     def prepare_capture(self, cache: AnswerCache, queries: int) -> None:
         """Prepare to capture a forward like those of `cache`, of `queries` new tokens a row."""
@@ -343,58 +354,3 @@ def parts(layers: int) -> frozenset[int]:
     launched while the one before it runs.
     """
     return frozenset(layer for layer in range(1, layers - 1) if layer & (layer + 1) == 0)
-
-
-def can_read(
-    shard: ContextKV, shapes: Shapes, device: torch.device, latents: Latents | None = None
-) -> bool:
-    """True if all of a rank's shard is stored as a kernel reads it; it may be empty.
-
-    Args:
-        shard: the rank's part of a context.
-        shapes: shapes of the layers' entries.
-        device: where the kernel runs.
-        latents: of each layer the attention that need not expand what it stores, where there is a
-            kernel for that.
-    """
-    from star_attention.attention.kernels import triton_answer
-
-    kv_format = shard.kv_format
-    if kv_format.dtype not in (None, "fp8") or shard.visible is not None:
-        return False
-    known = _has_one_kind(shapes) if latents is None else _are_latent(shapes, latents)
-    if len(shard.segments) > triton_answer.MAX_SEGMENTS or not known:
-        return False
-    return all(_is_read_on(layer, device) for layer in shard.layers if not layer.is_empty)
-
-
-def _is_read_on(layer: LayerKV, device: torch.device) -> bool:
-    """True if the kernel finds a layer on the device; it may arrive there from host memory."""
-    pair = layer.stored()[:2]
-    is_there = all(tensor.device == device for tensor in pair)
-    return (is_there or (arrives(layer) and layer.reads_on == device)) and all(
-        tensor.is_contiguous() for tensor in pair
-    )
-
-
-def _are_latent(shapes: Shapes, latents: Latents) -> bool:
-    """True if all layers store compressed keys that the kernel over them knows, in one dtype."""
-    from star_attention.attention.kernels.triton_latent import MOST_COMPRESSED
-
-    layers = [(shape, latent) for shape, latent in zip(shapes, latents, strict=True) if shape]
-    return len({shape.dtype for shape, _ in layers}) == 1 and all(
-        latent is not None and shape.k_size <= MOST_COMPRESSED and shape.k_size % 2 == 0
-        for shape, latent in layers
-    )
-
-
-def _has_one_kind(shapes: Shapes) -> bool:
-    """True if keys and values of all layers have shapes that the kernel knows, and one dtype."""
-    kinds = set()
-    for shape in filter(None, shapes):
-        if shape.expands or (shape.k_heads, shape.k_size) != (shape.v_heads, shape.v_size):
-            return False
-        if shape.k_size % 16 or shape.k_size > 256:
-            return False
-        kinds.add(shape.dtype)
-    return len(kinds) == 1

@@ -32,8 +32,8 @@ from star_attention.hf.cache.arrivals import (
 )
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
 from star_attention.hf.cache.decode import own_heads
-from star_attention.hf.cache.graph import Shapes, can_read
 from star_attention.hf.cache.probe import LayerKVShape, ProbeResult
+from star_attention.hf.cache.readable import Shapes, can_read
 from star_attention.hf.cache.rows import RowKV, RowSet
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV

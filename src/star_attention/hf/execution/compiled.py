@@ -93,7 +93,7 @@ class CompiledLayers:
                 self._options[mode][_PASSES] = _SHARE_QUANTIZING
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_pdl
-            from star_attention.hf.execution import row_experts
+            from star_attention.hf.execution import latent_token, row_experts  # noqa: F401
 
             # Code from torch's caches on disk calls the operations that passes put into it, but the
             # passes do not run.
@@ -320,6 +320,12 @@ def _rotate(graph: torch.fx.Graph) -> None:
     rotary.leave_to_kernels(graph)
 
 
+def _finish_latents(graph: torch.fx.Graph) -> None:
+    from star_attention.hf.execution import latent_token
+
+    latent_token.leave_to_kernels(graph)
+
+
 def _fold_norms(graph: torch.fx.Graph) -> None:
     from star_attention.linear import norm_folding
 
@@ -334,16 +340,16 @@ def _fold_norms_of_rows(graph: torch.fx.Graph) -> None:
     norm_folding.join_products(graph)
 
 
-_PLAIN = _Passes("reals 1", multiply_reals)
+_PLAIN = _Passes("reals 2", multiply_reals)
 _FOLD_ROWS = _Passes(
-    "reals 1, rotary 2, fuse linears 3, fold 4, norms of rows 1",
+    "reals 2, rotary 2, fuse linears 3, fold 4, norms of rows 1",
     *(multiply_reals, _rotate, _fuse_linears, _fold, _fold_norms_of_rows),
 )
 _FOLD = _Passes(
-    "reals 1, rotary 2, fuse linears 3, fold 3, route 3, mix 3, norms 2",
-    *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix, _fold_norms),
+    "reals 2, rotary 2, latents 1, fuse linears 3, fold 3, route 3, mix 3, norms 2",
+    *(multiply_reals, _rotate, _finish_latents, _fuse_linears, _fold, _route, _mix, _fold_norms),
 )
-_SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
+_SHARE_QUANTIZING = _Passes("reals 2, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""
 
 

@@ -17,16 +17,18 @@ aten = torch.ops.aten
 
 def multiply_reals(graph: fx.Graph) -> None:
     """Replace each product of complex numbers that is viewed as reals by products of reals."""
+    # Of each factor its real and its imaginary parts: queries and keys have the angles in common.
+    known: dict[Any, list[Any]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.view_as_real.default):
         product = node.args[0]
         if product.target is aten.mul.Tensor and all(
             isinstance(factor, fx.Node) and factor.meta["val"].is_complex()
             for factor in product.args
         ):
-            _write_out(graph, node, product)
+            _write_out(graph, node, product, known)
 
 
-def _write_out(graph: fx.Graph, node: Any, product: Any) -> None:
+def _write_out(graph: fx.Graph, node: Any, product: Any, known: dict[Any, list[Any]]) -> None:
     """Replace `node`, the view as reals of a product."""
 
     def call(target: Any, *args: Any) -> Any:
@@ -36,9 +38,11 @@ def _write_out(graph: fx.Graph, node: Any, product: Any) -> None:
         return made
 
     def parts(factor: Any) -> list[Any]:
-        is_view = factor.target is aten.view_as_complex.default
-        pairs = factor.args[0] if is_view else call(aten.view_as_real.default, factor)
-        return [call(aten.select.int, pairs, -1, at) for at in (0, 1)]
+        if factor not in known:
+            is_view = factor.target is aten.view_as_complex.default
+            pairs = factor.args[0] if is_view else call(aten.view_as_real.default, factor)
+            known[factor] = [call(aten.select.int, pairs, -1, at) for at in (0, 1)]
+        return known[factor]
 
     (a, b), (c, d) = map(parts, product.args)
     mul = aten.mul.Tensor

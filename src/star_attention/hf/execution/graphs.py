@@ -33,8 +33,9 @@ from star_attention.attention.kernels import triton_works
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.arrivals import Arrivals, arriving
 from star_attention.hf.cache.decode import AnswerCache
-from star_attention.hf.cache.graph import GraphCache, TailBuffers, can_read
+from star_attention.hf.cache.graph import GraphCache, TailBuffers
 from star_attention.hf.cache.latent import Latents, usable
+from star_attention.hf.cache.readable import can_read
 from star_attention.hf.execution import compiled, hook, row_graphs
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.execution.row_graphs import RowGraphs

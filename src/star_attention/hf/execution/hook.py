@@ -78,7 +78,7 @@ def _refuse_unknown_arguments(
         raise UnsupportedModelError(type(module).__name__, reasons)
 
 
-def _star_attention(
+def attention_of(
     cache: StarCache,
     module: nn.Module | None,
     query: Tensor,
@@ -142,7 +142,7 @@ def _layer_op(
 ) -> Tensor:
     """Store a layer's new keys and values and attend, as one operation of a compiled layer.
 
-    Shapes as in `_star_attention`; the result has `value_size` elements for each head, to which MLA
+    Shapes as in `attention_of`; the result has `value_size` elements for each head, to which MLA
     expands values. `enter_layer` names the layer beforehand: as an argument, its index would be a
     constant of the compiled code, or make all of it dynamic.
     """
@@ -155,7 +155,7 @@ def _layer_op(
     rule: dict[str, Any] = dict(
         scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
     )
-    return _star_attention(cache, None, query, key, value, None, **rule)[0]
+    return attention_of(cache, None, query, key, value, None, **rule)[0]
 
 
 @_layer_op.register_fake
@@ -203,7 +203,7 @@ def _rotary_layer_op(
     rule: dict[str, Any] = dict(
         scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
     )
-    return _star_attention(cache, None, query, key, value, None, rotation=rotation, **rule)[0]
+    return attention_of(cache, None, query, key, value, None, rotation=rotation, **rule)[0]
 
 
 @_rotary_layer_op.register_fake
@@ -241,7 +241,7 @@ def implementation(stock: str, way: str = OVER) -> str:
             return _stock_attention(stock, module)(
                 module, query, key, value, attention_mask, **kwargs
             )
-        return _star_attention(cache, module, query, key, value, attention_mask, **kwargs)
+        return attention_of(cache, module, query, key, value, attention_mask, **kwargs)
 
     def inside(
         module: nn.Module,
@@ -306,6 +306,11 @@ def step_outside(configs: list[Any]) -> None:
 def in_our_forward() -> bool:
     """True if this thread is inside one of our forwards."""
     return _ACTIVE.get() is not None
+
+
+def cache_of_forward() -> StarCache | None:
+    """Return the cache of the forward of ours that this thread runs, if it runs one."""
+    return _ACTIVE.get()
 
 
 def comm_of_forward() -> Comm:

@@ -30,6 +30,7 @@ _MOVES = {
     _aten.clone.default,
     _aten.expand.default,
     _aten.reshape.default,
+    _aten.select.int,
     _aten.slice.Tensor,
     _aten.split.Tensor,
     _aten.squeeze.dim,
@@ -45,7 +46,7 @@ _ROWS = 3
 """Instead of a number of rows that varies."""
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """A rotary embedding: what is rotated, cosines, sines, and `Rotation.pairs`."""
 
     x: Node
@@ -64,8 +65,10 @@ def leave_to_kernels(graph: Graph) -> None:
         query, key, value, value_size, *rule = cast(Any, node.args)
         if not all(len(each.users) == 1 for each in (query, key)):
             continue
-        of_query, of_key = _find(query), _find(key)
+        of_query, of_key = find(query), find(key)
         if of_query is None or of_key is None or of_query[1:] != of_key[1:]:
+            continue
+        if of_query.cos.meta["val"].dim() != 3:
             continue
         _, cos, sin, pairs = of_query
         with graph.inserting_before(node):
@@ -76,7 +79,7 @@ def leave_to_kernels(graph: Graph) -> None:
         made.meta = {"val": node.meta["val"]}
         node.replace_all_uses_with(made)
         graph.erase_node(node)
-        folding.erase(graph, [*_walk(query, None)[0], *_walk(key, None)[0]])
+        folding.erase(graph, [*walk(query, None)[0], *walk(key, None)[0]])
         graph.eliminate_dead_code()
 
 
@@ -121,28 +124,28 @@ def _moved_alike(graph: Graph, x: Node, move: Node | None) -> Node:
     return made
 
 
-def _find(node: Any) -> _Found | None:
+def find(node: Any) -> Found | None:
     """Return the rotary embedding that a node ends, if it does."""
     value = folding.value_of(node)
     if value is None or value.dim() != 4 or not isinstance(value.shape[3], int):
         return None
-    everything = [each for part in _walk(node, None) for each in part]
+    everything = [each for part in walk(node, None) for each in part]
     # The latest candidate comes first: what is rotated may be the result of a norm.
     for x in sorted(everything, reverse=True):
         if x is node or not folding.are_alike(x, node):
             continue
-        chain, leaves = _walk(node, x)
+        chain, leaves = walk(node, x)
         angles = [each for each in leaves if each is not x]
         if len(angles) != 2 or len(leaves) != 3 or not all(_are_angles(a, node) for a in angles):
             continue
         for (cos, sin), pairs in itertools.product(itertools.permutations(angles), (False, True)):
-            found = _Found(x, cos, sin, pairs)
+            found = Found(x, cos, sin, pairs)
             if _is_rotation(node, chain, found):
                 return found
     return None
 
 
-def _walk(node: Node, stop: Node | None) -> tuple[list[Node], list[Node]]:
+def walk(node: Node, stop: Node | None) -> tuple[list[Node], list[Node]]:
     """Return what `folding.walk` does, but for sizes.
 
     Args:
@@ -162,12 +165,19 @@ def _is_inside(node: Node) -> bool:
     if target == _convert:
         # Others are more than a rounding, which our kernels do without.
         return node.args[1] in _FLOATS
+    if target == _aten.select.int and _is_view_as_real(node):
+        # Of complex angles: cosines or sines.
+        return False
     if target == operator.getitem:
         return cast(Node, node.args[0]).target == _aten.split.Tensor
     return target in _MOVES or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
-def _is_rotation(node: Node, chain: list[Node], found: _Found) -> bool:
+def _is_view_as_real(node: Node) -> bool:
+    return cast(Node, node.args[0]).target == _aten.view_as_real.default
+
+
+def _is_rotation(node: Node, chain: list[Node], found: Found) -> bool:
     """True if the nodes rotate random numbers as `Rotation` does."""
     random = torch.Generator("cpu").manual_seed(0)
     values: dict[Node, Any] = {
@@ -175,6 +185,7 @@ def _is_rotation(node: Node, chain: list[Node], found: _Found) -> bool:
         for leaf in found[:3]
     }
     rotation = Rotation(cos_RQE=values[found.cos], sin_RQE=values[found.sin], pairs=found.pairs)
+    rotation = rotation.without_heads()
     expected = rotation.rotate(values[found.x].transpose(1, 2)).transpose(1, 2)
 
     def value_of(each: Node) -> Any:
@@ -216,4 +227,5 @@ def _are_angles(node: Node, rotated: Node) -> bool:
         return False
     R, _, Q, D = _sizes(rotated)
     sizes = _sizes(node)
-    return sizes[:-1] in ((R, Q), (1, Q)) and sizes[-1] in (D, D // 2)
+    one_a_token = sizes[:-1] in ((R, Q), (1, Q), (R, 1, Q), (1, 1, Q))
+    return one_a_token and sizes[-1] in (D, D // 2)
