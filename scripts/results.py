@@ -46,6 +46,21 @@ LOOKBACK_VARIANTS = (
 )
 LOOKBACK_TASKS = "niah_multivalue,cwe,fwe,vt,niah_single_2,niah_multikey_3"
 STORIES = "qa2,qa3"
+# Every other task, and all of them at lengths where the others were not run.
+PRESET_VARIANTS = (
+    "dense,star:/4,star:/4:lookback=2@4-8,star:/4:lookback=3@upper,star:/4:second_look=0.1,"
+    "streaming_llm:/4:64"
+)
+OTHER_TASKS = "niah_single_1,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multiquery"
+OTHER_STORIES = "qa1,qa4,qa5"
+PRESET_TASKS = {
+    # cwe does not fit in 4K: some of its samples take more.
+    "4k": (f"{OTHER_TASKS},{LOOKBACK_TASKS.replace('cwe,', '')}", f"{OTHER_STORIES},{STORIES}"),
+    "8k": (f"{OTHER_TASKS},{LOOKBACK_TASKS}", f"{OTHER_STORIES},{STORIES}"),
+    "16k": (OTHER_TASKS, OTHER_STORIES),
+    "32k": (OTHER_TASKS, OTHER_STORIES),
+}
+"""Of each length RULER's tasks and the stories that `PRESET_VARIANTS` answer."""
 
 _SWEEP = f"sweep --length 16k --task {SWEPT}"
 BUNDLED: dict[str, str] = {
@@ -72,6 +87,15 @@ BUNDLED: dict[str, str] = {
         for label, suite, tasks in (
             ("ruler", "ruler", LOOKBACK_TASKS),
             ("stories", "babilong", STORIES),
+        )
+        for task in tasks.split(",")
+    },
+    **{
+        f"presets-{length}-{label}-{task}": f"{suite} --length {length} --task {task}"
+        f" --variants {PRESET_VARIANTS}"
+        for length, sets in PRESET_TASKS.items()
+        for (label, suite), tasks in zip(
+            (("ruler", "ruler"), ("stories", "babilong")), sets, strict=True
         )
         for task in tasks.split(",")
     },
@@ -133,6 +157,7 @@ WITH_WORDS = ("ruler", "ablations", "sweep", "niah", "shared")
 JOINED = (
     *(f"ruler-{length}-{blocks}" for length, blocks in REAL_SIZES),
     *(f"lookback-{length}-{suite}" for length in ("16k", "32k") for suite in ("ruler", "stories")),
+    *(f"presets-{length}-{suite}" for length in PRESET_TASKS for suite in ("ruler", "stories")),
     *(name for name, *_ in REAL_SWEEPS),
     "ruler",
     "babilong",
